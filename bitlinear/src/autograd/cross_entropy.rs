@@ -1,0 +1,166 @@
+//! The dense head and its cross-entropy as one operation: the logits of a few hundred tokens exist at a time.
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::product::{Matrix, multiply, product};
+use super::{TOKEN_CHUNK, tensor_like, values, with_values};
+use crate::{math, simd_fn};
+
+/// Tokens whose logits exist at once.
+const LOGITS_CHUNK: usize = 512;
+
+/// Mean cross-entropy, in nats, of `softmax(hidden head^T)` with the target of each token.
+///
+/// The gradients are computed along with the loss, while the logits are there, and kept for the backward:
+/// `dlogits = (softmax(logits) - onehot(target)) / tokens`, `dhidden = dlogits head`, `dhead = dlogits^T hidden`.
+///
+/// # Shapes
+/// `hidden [tokens, features], head [vocab, features], targets [tokens] -> []`
+///
+/// # Errors
+/// The shapes do not fit, a target is not in the vocabulary, or a tensor is not contiguous f32 on the CPU.
+pub fn head_cross_entropy(hidden: &Tensor, head: &Tensor, targets: Arc<[u32]>) -> Result<Tensor> {
+    check(hidden, head, &targets)?;
+    hidden.apply_op2(head, Op { targets, gradients: Mutex::new(None) })
+}
+
+/// The losses, in nats, of all targets under `softmax(hidden head^T)`: [`head_cross_entropy`] before the mean, without
+/// gradients.
+///
+/// # Errors
+/// As [`head_cross_entropy`].
+pub fn head_loss(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+    check(hidden, head, targets)?;
+    let features = head.dim(1)?;
+    with_values([hidden, head], "head_loss", |[hidden, head]| {
+        let head = Matrix::new(head, features);
+        let chunks = hidden.chunks(LOGITS_CHUNK * features).zip(targets.chunks(LOGITS_CHUNK));
+        Ok(chunks
+            .flat_map(|(hidden, targets)| {
+                let mut logits = product(Matrix::new(hidden, features), head.t());
+                losses(&mut logits, targets)
+            })
+            .collect())
+    })
+}
+
+fn check(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<()> {
+    let ((tokens, features), (vocab, head_features)) = (hidden.dims2()?, head.dims2()?);
+    if features != head_features || tokens != targets.len() || tokens == 0 || features == 0 {
+        bail!(
+            "cross-entropy of hidden {:?} with head {:?} and {} targets; the shapes must agree",
+            hidden.dims(),
+            head.dims(),
+            targets.len()
+        );
+    }
+    if let Some(target) = targets.iter().find(|t| **t as usize >= vocab) {
+        bail!("target {target} is not in the vocabulary of {vocab}; the tokens belong to another tokenizer");
+    }
+    Ok(())
+}
+
+struct Op {
+    targets: Arc<[u32]>,
+    /// Gradients of `hidden` and `head`, from the forward to the backward.
+    gradients: Mutex<Option<(Vec<f32>, Vec<f32>)>>,
+}
+
+impl CustomOp2 for Op {
+    fn name(&self) -> &'static str {
+        "head_cross_entropy"
+    }
+
+    fn cpu_fwd(
+        &self,
+        hidden: &CpuStorage,
+        hidden_layout: &Layout,
+        head: &CpuStorage,
+        head_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (tokens, features) = hidden_layout.shape().dims2()?;
+        let hidden = values(hidden, hidden_layout, self.name())?;
+        let head = values(head, head_layout, self.name())?;
+        let matrix = Matrix::new(head, features);
+        let (mut grad_hidden, mut grad_head) = (vec![0f32; hidden.len()], vec![0f32; head.len()]);
+        let mut total = 0f64;
+        let chunk = LOGITS_CHUNK * features;
+        let chunks =
+            hidden.chunks(chunk).zip(grad_hidden.chunks_mut(chunk)).zip(self.targets.chunks(LOGITS_CHUNK));
+        for ((hidden, grad_hidden), targets) in chunks {
+            let hidden = Matrix::new(hidden, features);
+            let mut logits = product(hidden, matrix.t());
+            total += losses(&mut logits, targets).into_iter().map(f64::from).sum::<f64>();
+            // `losses` left the probabilities: now the gradient of the logits.
+            let vocab = logits.len() / targets.len();
+            let scale = 1.0 / tokens as f32;
+            (logits.par_chunks_mut(TOKEN_CHUNK * vocab), targets.par_chunks(TOKEN_CHUNK))
+                .into_par_iter()
+                .for_each(|(rows, targets)| {
+                    for (row, target) in rows.chunks_exact_mut(vocab).zip(targets) {
+                        row[*target as usize] -= 1.0;
+                        multiply_by(scale, row);
+                    }
+                });
+            let logits = Matrix::new(&logits, vocab);
+            multiply(logits, matrix, 0.0, grad_hidden);
+            multiply(logits.t(), hidden, 1.0, &mut grad_head);
+        }
+        *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = Some((grad_hidden, grad_head));
+        Ok((CpuStorage::F32(vec![(total / tokens as f64) as f32]), Shape::from(())))
+    }
+
+    fn bwd(
+        &self,
+        hidden: &Tensor,
+        head: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let taken = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some((mut grad_hidden, mut grad_head)) = taken else {
+            bail!("a second backward through head_cross_entropy; compute the loss again");
+        };
+        let scale = grad.to_scalar::<f32>()?;
+        if scale != 1.0 {
+            for gradient in [&mut grad_hidden, &mut grad_head] {
+                gradient.par_chunks_mut(8192).for_each(|g| multiply_by(scale, g));
+            }
+        }
+        Ok((Some(tensor_like(grad_hidden, hidden)?), Some(tensor_like(grad_head, head)?)))
+    }
+}
+
+/// The loss of each row of logits; the rows become probabilities.
+fn losses(logits: &mut [f32], targets: &[u32]) -> Vec<f32> {
+    let vocab = logits.len() / targets.len();
+    let mut losses = vec![0f32; targets.len()];
+    (
+        logits.par_chunks_mut(TOKEN_CHUNK * vocab),
+        targets.par_chunks(TOKEN_CHUNK),
+        losses.par_chunks_mut(TOKEN_CHUNK),
+    )
+        .into_par_iter()
+        .for_each(|(rows, targets, losses)| {
+            for ((row, target), loss) in rows.chunks_exact_mut(vocab).zip(targets).zip(losses) {
+                *loss = cross_entropy(row, *target as usize);
+            }
+        });
+    losses
+}
+
+simd_fn! {
+    fn cross_entropy(logits: &mut [f32], target: usize) -> f32 {
+        math::cross_entropy(logits, target)
+    }
+}
+
+simd_fn! {
+    fn multiply_by(factor: f32, values: &mut [f32]) {
+        for value in values {
+            *value *= factor;
+        }
+    }
+}

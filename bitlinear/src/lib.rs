@@ -1,0 +1,21 @@
+//! BitNet b1.58 arithmetic: the one place where training and inference agree.
+//!
+//! A BitLinear layer multiplies ternary weights (absmean, one scale a tensor) with int8 activations (absmax, one
+//! scale a token). What is trained is what is run only if both sides round alike, so every formula exists once, on
+//! plain slices:
+//!
+//! * [`quant`]: the two quantizers;
+//! * [`packed`]: ternary weights at two bits each, with their shape and scale;
+//! * [`kernels`]: integer products of packed weights with int8 rows, one file an instruction set, all equal bit for bit;
+//! * [`math`]: the f32 arithmetic around them (norm, rotary embedding, attention, activation functions);
+//! * [`simd`]: one plain function compiled for several vector instruction sets;
+//! * [`autograd`] (feature `candle`, on by default): the same as differentiable operations on candle tensors.
+//!
+//! Without features the crate depends on no deep-learning stack.
+#[cfg(feature = "candle")]
+pub mod autograd;
+pub mod kernels;
+pub mod math;
+pub mod packed;
+pub mod quant;
+pub mod simd;

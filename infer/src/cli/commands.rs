@@ -1,0 +1,248 @@
+//! The five commands, each from its arguments to its report.
+
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use infer::ModelConfig;
+use infer::bench::{self, BenchOptions, Spread};
+use infer::checkpoint::{hf, write_atomic};
+use infer::eval;
+use infer::generate::{self, GenerateOptions};
+use infer::inspect::Report;
+use infer::model::{KvCache, Logits};
+use infer::sampler::SamplingOptions;
+use infer::tokenizer::Tokenizer;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+
+use super::{BenchArgs, GenerateArgs, InspectArgs, LogitsArgs, PerplexityArgs};
+
+/// New tokens where nobody says how many.
+const DEFAULT_NEW_TOKENS: usize = 256;
+
+/// What a report says of the machine.
+#[derive(Clone, Copy)]
+pub struct Machine {
+    pub kernel: &'static str,
+    pub threads: usize,
+}
+
+impl Machine {
+    /// Adds kernel and threads to a report and prints it: as JSON, or a line for each value.
+    fn report(self, json: bool, mut report: Value) -> Result<()> {
+        report["kernel"] = self.kernel.into();
+        report["threads"] = self.threads.into();
+        let mut out = io::stdout().lock();
+        if json {
+            return finish(writeln!(out, "{report}"));
+        }
+        for (key, value) in report.as_object().into_iter().flatten() {
+            match value {
+                Value::String(text) => writeln!(out, "{key}: {text}"),
+                Value::Number(n) if n.is_f64() => writeln!(out, "{key}: {:.4}", n.as_f64().unwrap_or(0.0)),
+                other => writeln!(out, "{key}: {other}"),
+            }
+            .context("cannot write to stdout")?;
+        }
+        finish(Ok(()))
+    }
+}
+
+fn finish(written: io::Result<()>) -> Result<()> {
+    written.and_then(|()| io::stdout().flush()).context("cannot write to stdout")
+}
+
+pub fn generate(args: &GenerateArgs, machine: Machine) -> Result<()> {
+    let model = hf::read(&args.model)?;
+    let config = model.config();
+    let tokenizer = Tokenizer::read(&args.model, config.vocab_size)?;
+    let mut prompt = tokenizer.encode(&args.prompt, true)?;
+    if prompt.is_empty() {
+        // An empty text starts where every text starts.
+        prompt.extend(config.bos_token_id);
+    }
+    let room = config.max_position_embeddings.saturating_sub(prompt.len());
+    let options = GenerateOptions {
+        max_new_tokens: Some(args.n.unwrap_or(room.min(DEFAULT_NEW_TOKENS))),
+        sampling: SamplingOptions {
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            seed: args.seed,
+        },
+        stop_ids: config.eos_token_ids.clone(),
+    };
+    let mut stream = tokenizer.stream();
+    let mut text = String::new();
+    let mut failed: Option<anyhow::Error> = None;
+    let mut show = |piece: &str| -> Result<()> {
+        text.push_str(piece);
+        if !args.common.json {
+            let mut out = io::stdout().lock();
+            finish(out.write_all(piece.as_bytes()))?;
+        }
+        Ok(())
+    };
+    let mut prompt_shown = args.common.json;
+    let generation = generate::generate(&model, &prompt, &options, &mut |id| {
+        // The prompt is part of the text, but it is shown only once the model has accepted it.
+        let echo = if std::mem::replace(&mut prompt_shown, true) { Ok(()) } else { show(&args.prompt) };
+        match echo.and_then(|()| Ok(stream.push(id)?)).and_then(|piece| show(&piece)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                failed = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    })?;
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    show(&stream.finish()?)?;
+    let speed = |tokens: usize, seconds: f64| if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 };
+    let (prefill, decode) = (generation.prefill.as_secs_f64(), generation.decode.as_secs_f64());
+    // The first new token comes out of the prompt's pass.
+    let decoded = generation.tokens.len().saturating_sub(1);
+    let (prompt_speed, speed) = (speed(prompt.len(), prefill), speed(decoded, decode));
+    if args.common.json {
+        let report = json!({
+            "prompt": args.prompt, "text": text, "prompt_ids": prompt, "ids": generation.tokens,
+            "stop": generation.stop.name(), "prefill_seconds": prefill, "decode_seconds": decode,
+            "prompt_tokens_per_second": prompt_speed, "tokens_per_second": speed,
+        });
+        return machine.report(true, report);
+    }
+    finish(writeln!(io::stdout()))?;
+    let _ = writeln!(
+        io::stderr(),
+        "prompt {} tokens, {prompt_speed:.0} tokens/s; new {} tokens, {speed:.0} tokens/s; stop: {}; kernel {}, {} threads",
+        prompt.len(),
+        generation.tokens.len(),
+        generation.stop.name(),
+        machine.kernel,
+        machine.threads,
+    );
+    Ok(())
+}
+
+pub fn logits(args: &LogitsArgs, machine: Machine) -> Result<()> {
+    let model = hf::read(&args.model)?;
+    let mut cache = KvCache::new(&model, args.ids.len())?;
+    let logits = model.forward(&args.ids, &mut cache, Logits::All)?;
+    let shape = vec![args.ids.len(), model.config().vocab_size];
+    let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let view = TensorView::new(Dtype::F32, shape.clone(), &bytes).context("cannot write the logits")?;
+    let file = safetensors::serialize([("logits", view)], None).context("cannot write the logits")?;
+    write_atomic(&args.out, &file)?;
+    let report = json!({"out": args.out.display().to_string(), "tokens": shape[0], "vocab_size": shape[1]});
+    machine.report(args.common.json, report)
+}
+
+pub fn perplexity(args: &PerplexityArgs, machine: Machine) -> Result<()> {
+    let model = hf::read(&args.model)?;
+    let (ids, text_bytes) = read_tokens(&args.data, &args.model, model.config())?;
+    let context = args.context.unwrap_or(model.config().max_position_embeddings);
+    let start = Instant::now();
+    let evaluation = eval::perplexity(&model, &ids, context)
+        .with_context(|| format!("cannot evaluate {}", args.data.display()))?;
+    let seconds = start.elapsed().as_secs_f64();
+    let bits_per_byte = text_bytes.map(|bytes| evaluation.bits_per_byte(ids.len(), bytes));
+    let mut report = json!({
+        "loss": evaluation.loss, "perplexity": evaluation.perplexity(), "tokens": evaluation.tokens,
+        "context": evaluation.context, "tokens_per_second": evaluation.tokens as f64 / seconds,
+    });
+    if let Some(bits) = bits_per_byte {
+        report["bits_per_byte"] = bits.into();
+    }
+    machine.report(args.common.json, report)
+}
+
+/// Token ids of a data file, and the bytes of its text where it is one.
+fn read_tokens(data: &Path, model: &Path, config: &ModelConfig) -> Result<(Vec<u32>, Option<usize>)> {
+    let kind = data.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    if !["txt", "u16", "u32"].contains(&kind) {
+        bail!(
+            "cannot tell what is in it; {}; name it .txt (UTF-8), .u16 or .u32 (little-endian ids)",
+            data.display()
+        );
+    }
+    let bytes = std::fs::read(data)
+        .with_context(|| format!("cannot read the data; {}; check that the file exists", data.display()))?;
+    let whole = |rest: &[u8]| match rest {
+        [] => Ok(()),
+        _ => bail!("{} bytes are not whole ids; {}; the file is cut short", bytes.len(), data.display()),
+    };
+    match kind {
+        "u16" => {
+            let (ids, rest) = bytes.as_chunks::<2>();
+            whole(rest)?;
+            Ok((ids.iter().map(|id| u32::from(u16::from_le_bytes(*id))).collect(), None))
+        }
+        "u32" => {
+            let (ids, rest) = bytes.as_chunks::<4>();
+            whole(rest)?;
+            Ok((ids.iter().map(|id| u32::from_le_bytes(*id)).collect(), None))
+        }
+        _ => {
+            let text = std::str::from_utf8(&bytes).map_err(|error| {
+                let at = error.valid_up_to();
+                anyhow::anyhow!("byte {at} is not UTF-8; {}; convert the text to UTF-8", data.display())
+            })?;
+            let ids = Tokenizer::read(model, config.vocab_size)?.encode(text, false)?;
+            Ok((ids, Some(text.len())))
+        }
+    }
+}
+
+pub fn bench(args: &BenchArgs, machine: Machine) -> Result<()> {
+    let model = match (&args.shape, &args.model) {
+        (Some(shape), _) => {
+            let text = std::fs::read(shape).with_context(|| {
+                format!("cannot read the shape; {}; check that the file exists", shape.display())
+            })?;
+            let config = ModelConfig::from_json(&text)
+                .with_context(|| format!("the shape cannot be used; {}", shape.display()))?;
+            bench::random_model(&config.0, 0)?
+        }
+        (None, Some(model)) => hf::read(model)?,
+        (None, None) => bail!("nothing to measure; bench; give a model's folder or --shape"),
+    };
+    let context = model.config().max_position_embeddings;
+    let prompt_tokens = args.prompt_tokens.unwrap_or(context.div_ceil(2).min(128));
+    let room = context.saturating_sub(prompt_tokens);
+    let gen_tokens = args.gen_tokens.unwrap_or(room.min(64));
+    let report =
+        bench::bench(&model, &BenchOptions { prompt_tokens, gen_tokens, repetitions: args.repetitions })?;
+    let speed = |s: Spread| json!({"median": s.median, "min": s.min, "max": s.max});
+    if args.common.json {
+        let value = json!({
+            "prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens, "repetitions": args.repetitions,
+            "prompt_tokens_per_second": speed(report.prompt), "gen_tokens_per_second": speed(report.generation),
+            "bytes_per_token": report.bytes_per_token, "gigabytes_per_second": report.gigabytes_per_second(),
+            "parameters": model.config().parameters(),
+        });
+        return machine.report(true, value);
+    }
+    let line = |s: Spread| format!("{:.1} tokens/s (min {:.1}, max {:.1})", s.median, s.min, s.max);
+    let value = json!({
+        "parameters": model.config().parameters(),
+        "prompt": format!("{prompt_tokens} tokens, {}", line(report.prompt)),
+        "generation": format!("{gen_tokens} tokens, {}", line(report.generation)),
+        "repetitions": args.repetitions,
+        "weights": format!("{} bytes a token, {:.2} GB/s", report.bytes_per_token, report.gigabytes_per_second()),
+    });
+    machine.report(false, value)
+}
+
+pub fn inspect(args: &InspectArgs, machine: Machine) -> Result<()> {
+    let report = Report::new(&hf::read(&args.model)?);
+    if args.common.json {
+        let report = serde_json::to_value(&report).context("cannot write the report")?;
+        return machine.report(true, report);
+    }
+    finish(writeln!(io::stdout(), "{report}\nkernel: {}", machine.kernel))
+}

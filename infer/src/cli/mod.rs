@@ -1,0 +1,218 @@
+//! The command line: arguments, exit codes, and how errors are told.
+//!
+//! Results go to stdout, the rest to stderr; exit 0 done, 1 the user's mistake, 2 ours. Who closes the pipe early has
+//! seen enough: that ends the program quietly.
+
+mod commands;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use bitlinear::kernels::{Kernel, KernelError};
+use clap::{ArgGroup, Args, Parser, Subcommand};
+use infer::ModelError;
+use infer::bench::BenchError;
+use infer::eval::EvalError;
+use infer::generate::GenerateError;
+
+/// Most threads that can be asked for.
+const MAX_THREADS: usize = 1024;
+
+/// Runs BitNet b1.58 models on the CPU.
+///
+/// BITLINEAR_KERNEL=scalar|avx2|avx512vnni|neon forces a kernel; every report names the one that ran.
+#[derive(Parser)]
+#[command(name = "infer", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Continue a text.
+    Generate(GenerateArgs),
+    /// Write the logits of given tokens to a safetensors file: f32 [tokens, vocab] as tensor "logits".
+    Logits(LogitsArgs),
+    /// Measure how well a model predicts a text.
+    Perplexity(PerplexityArgs),
+    /// Measure tokens a second.
+    Bench(BenchArgs),
+    /// Show a model's sizes, and scale and share of -1/0/+1 of each weight.
+    Inspect(InspectArgs),
+}
+
+#[derive(Args)]
+struct Common {
+    /// Threads to compute with [default: one for each core]
+    #[arg(long, value_name = "T")]
+    threads: Option<usize>,
+    /// Print one JSON object on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct GenerateArgs {
+    /// Folder with config.json, model.safetensors and tokenizer.json
+    model: PathBuf,
+    /// The text to continue
+    #[arg(long)]
+    prompt: String,
+    /// New tokens at most [default: 256, or what the context has room for]
+    #[arg(short, value_name = "N")]
+    n: Option<usize>,
+    /// 0 takes the likeliest token, 1 draws as the model says, more is more varied
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    temperature: f32,
+    /// Draw from the K likeliest tokens only; 0 keeps all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Draw from the likeliest tokens that together have probability P only
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+    /// Seed of the draws: the same one gives the same text
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Args)]
+struct LogitsArgs {
+    /// Folder with config.json and model.safetensors
+    model: PathBuf,
+    /// Token ids, separated by commas
+    #[arg(long, value_delimiter = ',', required = true)]
+    ids: Vec<u32>,
+    /// The file to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Args)]
+struct PerplexityArgs {
+    /// Folder with config.json and model.safetensors (and tokenizer.json for a text)
+    model: PathBuf,
+    /// A UTF-8 text (.txt) or little-endian token ids (.u16, .u32)
+    #[arg(long, value_name = "PATH")]
+    data: PathBuf,
+    /// Tokens in a window [default: the model's context]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Args)]
+#[command(group(ArgGroup::new("what").required(true).args(["model", "shape"])))]
+struct BenchArgs {
+    /// Folder with config.json and model.safetensors
+    model: Option<PathBuf>,
+    /// A config.json: random ternary weights of this shape
+    #[arg(long, value_name = "SHAPE.json")]
+    shape: Option<PathBuf>,
+    /// Tokens of the prompt [default: 128, or half the context]
+    #[arg(long, value_name = "P")]
+    prompt_tokens: Option<usize>,
+    /// New tokens [default: 64, or what the context has room for]
+    #[arg(long, value_name = "G")]
+    gen_tokens: Option<usize>,
+    /// How often to measure; the median counts
+    #[arg(long, value_name = "R", default_value_t = 5)]
+    repetitions: usize,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Args)]
+struct InspectArgs {
+    /// Folder with config.json and model.safetensors
+    model: PathBuf,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version go to stdout and are no mistake; a closed pipe is no mistake either.
+            let _ = error.print();
+            return ExitCode::from(u8::from(error.use_stderr()));
+        }
+    };
+    match std::panic::catch_unwind(|| run(cli.command)) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            complain(&format!("{error:#}"));
+            ExitCode::from(if is_ours(&error) { 2 } else { 1 })
+        }
+        Err(_) => {
+            complain("the program has a fault; the message above says where; please report it");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn complain(message: &str) {
+    // If stderr is closed there is nobody left to tell.
+    let _ = writeln!(io::stderr(), "error: {message}");
+}
+
+fn run(command: Command) -> Result<()> {
+    // A kernel that cannot run is told before a model is read.
+    let kernel = Kernel::active()?.name();
+    let common = match &command {
+        Command::Generate(GenerateArgs { common, .. })
+        | Command::Logits(LogitsArgs { common, .. })
+        | Command::Perplexity(PerplexityArgs { common, .. })
+        | Command::Bench(BenchArgs { common, .. })
+        | Command::Inspect(InspectArgs { common, .. }) => common,
+    };
+    set_threads(common.threads)?;
+    let machine = commands::Machine { kernel, threads: rayon::current_num_threads() };
+    match command {
+        Command::Generate(args) => commands::generate(&args, machine),
+        Command::Logits(args) => commands::logits(&args, machine),
+        Command::Perplexity(args) => commands::perplexity(&args, machine),
+        Command::Bench(args) => commands::bench(&args, machine),
+        Command::Inspect(args) => commands::inspect(&args, machine),
+    }
+}
+
+fn set_threads(threads: Option<usize>) -> Result<()> {
+    let Some(threads) = threads else { return Ok(()) };
+    if !(1..=MAX_THREADS).contains(&threads) {
+        bail!("cannot compute with {threads} threads; --threads; give 1 to {MAX_THREADS}, or leave it out");
+    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .with_context(|| format!("cannot start {threads} threads; --threads; give a smaller number"))
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let kinds = error.chain().filter_map(|e| e.downcast_ref::<io::Error>()).map(io::Error::kind);
+    kinds.into_iter().any(|kind| kind == io::ErrorKind::BrokenPipe)
+}
+
+/// Whether an error can only come from a fault in this program.
+fn is_ours(error: &anyhow::Error) -> bool {
+    let causes = [
+        error.downcast_ref::<ModelError>(),
+        error.downcast_ref().and_then(|e| if let GenerateError::Model(e) = e { Some(e) } else { None }),
+        error.downcast_ref().and_then(|e| if let EvalError::Model(e) = e { Some(e) } else { None }),
+        error.downcast_ref().and_then(|e| if let BenchError::Model(e) = e { Some(e) } else { None }),
+    ];
+    let fault = |e: &ModelError| {
+        matches!(e, ModelError::ForeignCache | ModelError::Kernel(KernelError::Shape { .. }))
+    };
+    causes.into_iter().flatten().any(fault)
+}

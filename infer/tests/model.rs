@@ -1,0 +1,391 @@
+//! The forward pass against an independent one, and everything that must not change its result.
+
+mod common;
+
+use std::ops::ControlFlow;
+
+use bitlinear::math::Activation;
+use common::{bits, config, ids, model, variants};
+use infer::generate::{GenerateError, GenerateOptions, Stop, generate};
+use infer::model::{F32Data, Projection, Weights};
+use infer::sampler::{SamplingOptions, argmax};
+use infer::{KvCache, Logits, Model, ModelConfig, ModelError, bench, eval};
+
+/// A forward pass as the formulas say it, in f64, a token at a time, without a cache; shares no code with the model's.
+mod oracle {
+    use super::*;
+
+    type Rows = Vec<Vec<f64>>;
+
+    fn norm(x: &[f64], weight: &[f32], eps: f32) -> Vec<f64> {
+        let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+        let factor = 1.0 / (mean + f64::from(eps)).sqrt();
+        x.iter().zip(weight).map(|(x, w)| f64::from(*w) * x * factor).collect()
+    }
+
+    fn linear(projection: &Projection, x: &[f64], out: usize) -> Vec<f64> {
+        match projection {
+            Projection::Dense(weight) => product(weight.iter().map(|w| f64::from(*w)).collect(), x, out),
+            Projection::Ternary(weight) => {
+                let max = x.iter().fold(1e-5f64, |max, x| max.max(x.abs()));
+                let codes: Vec<f64> =
+                    x.iter().map(|x| (x * 127.0 / max).round_ties_even().clamp(-128.0, 127.0)).collect();
+                let sums = product(weight.unpack().into_iter().map(f64::from).collect(), &codes, out);
+                sums.iter().map(|sum| sum * max / 127.0 * f64::from(weight.weight_scale())).collect()
+            }
+        }
+    }
+
+    fn product(weight: Vec<f64>, x: &[f64], out: usize) -> Vec<f64> {
+        assert_eq!(weight.len(), out * x.len());
+        weight.chunks(x.len()).map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum()).collect()
+    }
+
+    fn rotate(row: &mut [f64], position: usize, config: &ModelConfig) {
+        let half = config.head_dim / 2;
+        for head in row.chunks_mut(config.head_dim) {
+            for i in 0..half {
+                let power = -2.0 * i as f64 / config.head_dim as f64;
+                let angle = position as f64 * f64::from(config.rope_theta).powf(power);
+                let (a, b) = (head[i], head[i + half]);
+                head[i] = a * angle.cos() - b * angle.sin();
+                head[i + half] = b * angle.cos() + a * angle.sin();
+            }
+        }
+    }
+
+    fn attend(q: &[f64], keys: &Rows, values: &Rows, config: &ModelConfig) -> Vec<f64> {
+        let group = config.num_attention_heads / config.num_key_value_heads;
+        let dim = config.head_dim;
+        let mut out = Vec::new();
+        for (head, q) in q.chunks(dim).enumerate() {
+            let at = head / group * dim;
+            let scores: Vec<f64> = keys
+                .iter()
+                .map(|key| q.iter().zip(&key[at..]).map(|(q, k)| q * k).sum::<f64>() / (dim as f64).sqrt())
+                .map(f64::exp)
+                .collect();
+            let total: f64 = scores.iter().sum();
+            out.extend((0..dim).map(|i| {
+                scores.iter().zip(values).map(|(score, value)| score / total * value[at + i]).sum::<f64>()
+            }));
+        }
+        out
+    }
+
+    pub fn logits(model: &Model, ids: &[u32]) -> Rows {
+        let (config, weights) = (model.config(), model.weights());
+        let (hidden, width) = (config.hidden_size, config.intermediate_size);
+        let embed =
+            |id: &u32| weights.embed_tokens[*id as usize * hidden..][..hidden].iter().map(|x| f64::from(*x));
+        let mut x: Rows = ids.iter().map(|id| embed(id).collect()).collect();
+        for layer in &weights.layers {
+            let (mut keys, mut values): (Rows, Rows) = (vec![], vec![]);
+            for (position, x) in x.iter_mut().enumerate() {
+                let normed = norm(x, &layer.input_layernorm, config.rms_norm_eps);
+                let mut q = linear(&layer.q_proj, &normed, config.attention_width());
+                let mut k = linear(&layer.k_proj, &normed, config.kv_width());
+                rotate(&mut q, position, config);
+                rotate(&mut k, position, config);
+                keys.push(k);
+                values.push(linear(&layer.v_proj, &normed, config.kv_width()));
+                let mut mixed = attend(&q, &keys, &values, config);
+                if let Some(weight) = &layer.attn_sub_norm {
+                    mixed = norm(&mixed, weight, config.rms_norm_eps);
+                }
+                let out = linear(&layer.o_proj, &mixed, hidden);
+                x.iter_mut().zip(out).for_each(|(x, y)| *x += y);
+                let normed = norm(x, &layer.post_attention_layernorm, config.rms_norm_eps);
+                let gate = linear(&layer.gate_proj, &normed, width);
+                let up = linear(&layer.up_proj, &normed, width);
+                let act = |g: f64| match config.hidden_act {
+                    Activation::Silu => g / (1.0 + (-g).exp()),
+                    Activation::Relu2 => g.max(0.0).powi(2),
+                };
+                let mut inner: Vec<f64> = gate.iter().zip(up).map(|(g, u)| act(*g) * u).collect();
+                if let Some(weight) = &layer.ffn_sub_norm {
+                    inner = norm(&inner, weight, config.rms_norm_eps);
+                }
+                let out = linear(&layer.down_proj, &inner, hidden);
+                x.iter_mut().zip(out).for_each(|(x, y)| *x += y);
+            }
+        }
+        let head: Vec<f64> = model.head().iter().map(|w| f64::from(*w)).collect();
+        let last = |x: &Vec<f64>| {
+            product(head.clone(), &norm(x, &weights.norm, config.rms_norm_eps), config.vocab_size)
+        };
+        x.iter().map(last).collect()
+    }
+
+    /// Differences between model and oracle, relative to the spread of the oracle's logits, smallest first.
+    pub fn differences(logits: &[f32], truth: &Rows) -> Vec<f64> {
+        let truth: Vec<f64> = truth.concat();
+        assert_eq!(logits.len(), truth.len());
+        let spread = (truth.iter().map(|x| x * x).sum::<f64>() / truth.len() as f64).sqrt();
+        let mut all: Vec<f64> =
+            logits.iter().zip(&truth).map(|(a, b)| (f64::from(*a) - b).abs() / spread).collect();
+        all.sort_by(f64::total_cmp);
+        all
+    }
+}
+
+fn forward(model: &Model, ids: &[u32]) -> Vec<f32> {
+    let mut cache = KvCache::new(model, ids.len()).unwrap();
+    model.forward(ids, &mut cache, Logits::All).unwrap()
+}
+
+/// Dense models differ from the f64 truth by f32 rounding only.
+const DENSE: f64 = 1e-4;
+/// In ternary ones an activation that lies on a tie may get the other int8 code: a few logits then move by some 1e-2.
+const TERNARY: f64 = 0.1;
+
+#[test]
+fn forward_equals_the_oracle() {
+    for (seed, config) in variants().iter().enumerate() {
+        let model = model(config, seed as u64);
+        let ids = ids(config, 24, seed as u64);
+        let all = oracle::differences(&forward(&model, &ids), &oracle::logits(&model, &ids));
+        let (median, max) = (all[all.len() / 2], all[all.len() - 1]);
+        assert!(max < if config.quantized { TERNARY } else { DENSE }, "{config:?}: {max}");
+        assert!(median < DENSE, "{config:?}: {median}");
+    }
+}
+
+#[test]
+fn the_oracle_notices_what_is_wrong() {
+    for quantized in [true, false] {
+        let config = ModelConfig { quantized, ..config() };
+        let right = model(&config, 3);
+        let ids = ids(&config, 24, 3);
+        let truth = oracle::logits(&right, &ids);
+        let median = |config: &ModelConfig| {
+            let other = Model::new(config.clone(), right.weights().clone()).unwrap();
+            let all = oracle::differences(&forward(&other, &ids), &truth);
+            all[all.len() / 2]
+        };
+        assert!(median(&config) < DENSE);
+        for wrong in [
+            ModelConfig { hidden_act: Activation::Relu2, ..config.clone() },
+            ModelConfig { rope_theta: 500_000.0, ..config.clone() },
+            ModelConfig { rms_norm_eps: 0.1, ..config.clone() },
+        ] {
+            assert!(median(&wrong) > 10.0 * DENSE, "{wrong:?}");
+        }
+    }
+}
+
+#[test]
+fn a_prompt_in_pieces_gives_the_same_bits() {
+    for quantized in [true, false] {
+        let config = ModelConfig { quantized, max_position_embeddings: 700, ..config() };
+        let model = model(&config, 5);
+        // Longer than two of the pieces that the model itself cuts.
+        let ids = ids(&config, 600, 5);
+        let whole = forward(&model, &ids);
+        let mut cache = KvCache::new(&model, 600).unwrap();
+        let mut single = Vec::new();
+        for id in &ids {
+            single.extend(model.forward(&[*id], &mut cache, Logits::Last).unwrap());
+        }
+        assert_eq!(bits(&whole), bits(&single));
+        let mut cache = KvCache::new(&model, 700).unwrap();
+        assert!(model.forward(&ids[..300], &mut cache, Logits::None).unwrap().is_empty());
+        assert!(model.forward(&[], &mut cache, Logits::Last).unwrap().is_empty());
+        let last = model.forward(&ids[300..], &mut cache, Logits::Last).unwrap();
+        assert_eq!(bits(&last), bits(&whole[599 * config.vocab_size..]));
+        // Going back and on again.
+        cache.truncate(10);
+        assert_eq!((cache.len(), cache.capacity()), (10, 700));
+        let again = model.forward(&ids[10..30], &mut cache, Logits::All).unwrap();
+        assert_eq!(bits(&again), bits(&whole[10 * config.vocab_size..30 * config.vocab_size]));
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    // Sizes at which every step is shared out.
+    let config = ModelConfig {
+        hidden_size: 256,
+        intermediate_size: 512,
+        num_attention_heads: 8,
+        num_key_value_heads: 4,
+        head_dim: 32,
+        max_position_embeddings: 300,
+        ..config()
+    };
+    for quantized in [true, false] {
+        let config = ModelConfig { quantized, ..config.clone() };
+        let model = model(&config, 6);
+        let ids = ids(&config, 270, 6);
+        let with = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let mut cache = KvCache::new(&model, 300).unwrap();
+                let mut logits = model.forward(&ids, &mut cache, Logits::All).unwrap();
+                logits.extend(model.forward(&ids[..1], &mut cache, Logits::Last).unwrap());
+                (bits(&logits), bits(&eval::score(&model, &ids).unwrap()))
+            })
+        };
+        let one = with(1);
+        assert!(one == with(2) && one == with(3));
+    }
+}
+
+#[test]
+fn bad_calls_are_errors_and_leave_the_cache_as_it_was() {
+    let config = config();
+    let model = model(&config, 7);
+    let ids = ids(&config, 20, 7);
+    let whole = forward(&model, &ids);
+    let mut cache = KvCache::new(&model, 20).unwrap();
+    model.forward(&ids[..10], &mut cache, Logits::None).unwrap();
+    let error = model.forward(&[5, 300], &mut cache, Logits::All).unwrap_err();
+    assert!(matches!(error, ModelError::Token { id: 300, position: 1, vocab_size: 300 }), "{error}");
+    let error = model.forward(&[5; 11], &mut cache, Logits::All).unwrap_err();
+    assert!(matches!(error, ModelError::CacheFull { tokens: 11, used: 10, capacity: 20 }), "{error}");
+    let error = KvCache::new(&model, 97).unwrap_err();
+    assert!(matches!(error, ModelError::Context { capacity: 97, limit: 96 }), "{error}");
+    let other = common::model(&ModelConfig { num_key_value_heads: 4, ..config.clone() }, 7);
+    assert!(matches!(other.forward(&[1], &mut cache, Logits::All), Err(ModelError::ForeignCache)));
+    let rest = model.forward(&ids[10..], &mut cache, Logits::All).unwrap();
+    assert_eq!(bits(&rest), bits(&whole[10 * config.vocab_size..]));
+}
+
+#[test]
+fn weights_that_do_not_fit_are_named() {
+    type Change = fn(&mut ModelConfig, &mut Weights);
+    let changes: [(&str, Change); 10] = [
+        ("model.embed_tokens.weight", |_, w| w.embed_tokens = vec![0.0; 5].into()),
+        ("model.norm.weight", |_, w| w.norm = vec![0.0; 31].into()),
+        ("lm_head.weight", |_, w| w.lm_head = Some(w.embed_tokens.clone())),
+        ("lm_head.weight", |c, _| c.tie_word_embeddings = false),
+        ("model.layers", |_, w| w.layers.truncate(1)),
+        ("model.layers.1.input_layernorm.weight", |_, w| w.layers[1].input_layernorm = F32Data::from(vec![])),
+        ("model.layers.0.self_attn.attn_sub_norm.weight", |_, w| w.layers[0].attn_sub_norm = None),
+        ("model.layers.0.self_attn.attn_sub_norm.weight", |c, _| c.sub_norm = false),
+        ("model.layers.1.mlp.up_proj.weight", |_, w| w.layers[1].up_proj = w.layers[1].down_proj.clone()),
+        ("model.layers.1.mlp.up_proj.weight", |_, w| {
+            w.layers[1].up_proj = Projection::Dense(vec![0.0; 32 * 44].into());
+        }),
+    ];
+    let right = model(&config(), 1);
+    for (name, change) in changes {
+        let (mut config, mut weights) = (config(), right.weights().clone());
+        change(&mut config, &mut weights);
+        let error = Model::new(config, weights).unwrap_err().to_string();
+        assert!(error.contains(name), "{error}");
+    }
+    let wrong = ModelConfig { num_attention_heads: 3, ..config() };
+    assert!(matches!(Model::new(wrong, right.weights().clone()), Err(ModelError::Config(_))));
+}
+
+fn greedy(max_new_tokens: Option<usize>, stop_ids: Vec<u32>) -> GenerateOptions {
+    GenerateOptions { max_new_tokens, sampling: SamplingOptions::GREEDY, stop_ids }
+}
+
+#[test]
+fn generation_follows_the_logits_and_stops_where_it_should() {
+    let config = config();
+    let model = model(&config, 11);
+    let prompt = ids(&config, 6, 11);
+    let mut seen = Vec::new();
+    let all = generate(&model, &prompt, &greedy(None, vec![]), &mut |id| {
+        seen.push(id);
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!((all.stop, all.tokens.len()), (Stop::Length, 90));
+    assert_eq!(all.tokens, seen);
+    // Each token is the likeliest one after all before it, read afresh.
+    let mut text = prompt.clone();
+    for token in &all.tokens[..20] {
+        let logits = forward(&model, &text);
+        assert_eq!(argmax(&logits[logits.len() - config.vocab_size..]).unwrap().0, *token);
+        text.push(*token);
+    }
+    let keep = &mut |_| ControlFlow::Continue(());
+    let few = generate(&model, &prompt, &greedy(Some(7), vec![]), keep).unwrap();
+    assert_eq!((few.stop, &few.tokens[..]), (Stop::Length, &all.tokens[..7]));
+    let stop_id = all.tokens[5];
+    let first = all.tokens.iter().position(|t| *t == stop_id).unwrap();
+    let stopped = generate(&model, &prompt, &greedy(None, vec![stop_id]), keep).unwrap();
+    assert_eq!((stopped.stop, &stopped.tokens[..]), (Stop::EndOfText, &all.tokens[..first]));
+    let broken = generate(&model, &prompt, &greedy(None, vec![]), &mut |_| ControlFlow::Break(())).unwrap();
+    assert_eq!((broken.stop, &broken.tokens[..]), (Stop::Caller, &all.tokens[..1]));
+    assert!(generate(&model, &prompt, &greedy(Some(0), vec![]), keep).unwrap().tokens.is_empty());
+    let error = generate(&model, &prompt, &greedy(Some(91), vec![]), keep).unwrap_err().to_string();
+    assert!(error.contains("91") && error.contains("96") && error.contains("at most 90"), "{error}");
+    let long = ids(&config, 97, 0);
+    assert!(matches!(
+        generate(&model, &long, &greedy(None, vec![]), keep),
+        Err(GenerateError::Context { .. })
+    ));
+    assert!(matches!(generate(&model, &[], &greedy(None, vec![]), keep), Err(GenerateError::EmptyPrompt)));
+    assert!(matches!(generate(&model, &[999], &greedy(None, vec![]), keep), Err(GenerateError::Model(_))));
+}
+
+#[test]
+fn scores_are_log_probabilities_of_the_next_token() {
+    let config = config();
+    let model = model(&config, 13);
+    let ids = ids(&config, 40, 13);
+    let logits = forward(&model, &ids);
+    let scores = eval::score(&model, &ids).unwrap();
+    assert_eq!(scores.len(), 39);
+    for (i, score) in scores.iter().enumerate() {
+        let row = &logits[i * config.vocab_size..][..config.vocab_size];
+        let total: f64 = row.iter().map(|l| f64::from(*l).exp()).sum();
+        let truth = f64::from(row[ids[i + 1] as usize]) - total.ln();
+        assert!((f64::from(*score) - truth).abs() < 1e-4, "{i}: {score} {truth}");
+    }
+    assert!(eval::score(&model, &[]).unwrap().is_empty());
+    assert!(eval::score(&model, &[3]).unwrap().is_empty());
+    assert!(matches!(eval::score(&model, &[3, 300]), Err(ModelError::Token { id: 300, position: 1, .. })));
+    // A window of the whole context predicts one token more than the context holds.
+    assert_eq!(eval::score(&model, &vec![2; 97]).unwrap().len(), 96);
+    assert!(eval::score(&model, &vec![2; 98]).is_err());
+}
+
+#[test]
+fn perplexity_is_over_whole_windows() {
+    let config = config();
+    let model = model(&config, 14);
+    let ids = ids(&config, 100, 14);
+    let loss_of = |windows: &[&[u32]]| {
+        let scores: Vec<f32> = windows.iter().flat_map(|w| eval::score(&model, w).unwrap()).collect();
+        -scores.iter().map(|s| f64::from(*s)).sum::<f64>() / scores.len() as f64
+    };
+    let result = eval::perplexity(&model, &ids, 40).unwrap();
+    assert_eq!((result.tokens, result.context), (80, 40));
+    assert!((result.loss - loss_of(&[&ids[0..41], &ids[40..81]])).abs() < 1e-12);
+    let short = eval::perplexity(&model, &ids[..30], 40).unwrap();
+    assert_eq!((short.tokens, short.context), (29, 29));
+    assert!((short.loss - loss_of(&[&ids[..30]])).abs() < 1e-12);
+    // Beyond the model's own context it is cut to that.
+    assert_eq!(eval::perplexity(&model, &ids, 1000).unwrap().context, 96);
+    assert!(eval::perplexity(&model, &ids[..1], 40).is_err());
+    assert!(eval::perplexity(&model, &ids, 0).is_err());
+}
+
+#[test]
+fn a_random_model_of_a_shape_can_be_measured() {
+    let config = ModelConfig { quantized: false, tie_word_embeddings: false, ..config() };
+    let model = bench::random_model(&config, 1).unwrap();
+    let options = bench::BenchOptions { prompt_tokens: 8, gen_tokens: 4, repetitions: 2 };
+    let report = bench::bench(&model, &options).unwrap();
+    assert!(report.prompt.min > 0.0 && report.prompt.min <= report.prompt.median);
+    // Packed rows of 32 and 44 columns take a block of 32 bytes each; norms 32, 32, 32, 44; the last norm; the head.
+    let rows = 32 + 16 + 16 + 32 + 44 + 44 + 32;
+    assert_eq!(report.bytes_per_token, 2 * (rows * 32 + 4 * (32 * 3 + 44)) + 4 * 32 + 4 * 300 * 32);
+    for zero in [
+        bench::BenchOptions { prompt_tokens: 0, ..options },
+        bench::BenchOptions { gen_tokens: 0, ..options },
+        bench::BenchOptions { repetitions: 0, ..options },
+    ] {
+        assert!(matches!(bench::bench(&model, &zero), Err(bench::BenchError::Zero(_))));
+    }
+    let long = bench::BenchOptions { prompt_tokens: usize::MAX, ..options };
+    assert!(matches!(bench::bench(&model, &long), Err(bench::BenchError::Model(_))));
+    let huge = ModelConfig { num_hidden_layers: 60_000, intermediate_size: 10_000_000, ..config };
+    assert!(bench::random_model(&huge, 1).is_err());
+}

@@ -1,0 +1,405 @@
+//! The command line of `trainer`: results on standard output, progress and logs on standard error; exit status 0 done,
+//! 1 the user's mistake, 2 ours, 130 and 143 after a signal.
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde_json::json;
+
+use crate::config::{Config, DataSource, TokenizerConfig};
+use crate::data::{self, DataSettings, Dataset, DocumentSplit, Source, TokenizerChoice};
+use crate::export::{self, ExportError, Which};
+use crate::interrupt::Interrupt;
+use crate::run_dir::{RunPaths, write_atomic};
+use crate::runtime::{RuntimeError, runnable};
+use crate::train::{Outcome, Resume, Session, TrainError, prepare_data};
+use crate::{metrics, stories};
+
+/// Trains BitNet b1.58 models and exports them, proven.
+#[derive(Debug, Parser)]
+#[command(name = "trainer", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train the model that a config describes, then export it
+    Train(TrainArgs),
+    /// Loss, perplexity and bits a byte of a model or a run on some text
+    Eval(EvalArgs),
+    /// Write a run's model in Hugging Face's layout and prove that it runs as trained
+    Export(ExportArgs),
+    /// Shapes, scales and the share of -1, 0 and +1 in each projection of a model or a run
+    Inspect(InspectArgs),
+    /// Train a byte-level BPE tokenizer on some text
+    Tokenizer(TokenizerArgs),
+}
+
+#[derive(Debug, Args)]
+struct TrainArgs {
+    /// The config, a TOML file
+    config: PathBuf,
+    /// Change a setting, for example --set train.steps=1000; can be given several times
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// The run's folder, instead of the config's run.out
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Go on with an earlier run: auto (if there is one), never, or a run's folder
+    #[arg(long, default_value = "auto", value_name = "auto|never|DIR")]
+    resume: String,
+    /// Check config and data, print what would be trained, and stop
+    #[arg(long)]
+    dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+struct EvalArgs {
+    /// A run's folder, or an exported model's
+    model: PathBuf,
+    /// A .txt, .jsonl, .u16 or .u32 file, or a folder of text
+    #[arg(long)]
+    data: PathBuf,
+    /// One JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct ExportArgs {
+    /// The run's folder
+    run: PathBuf,
+    /// The model's new folder
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// The layout
+    #[arg(long, value_enum, default_value_t = Format::Hf)]
+    format: Format,
+    /// Which checkpoint: best, latest, or a step
+    #[arg(long, default_value = "best", value_name = "best|latest|STEP")]
+    step: String,
+    /// One JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// Hugging Face: safetensors and config.json
+    Hf,
+}
+
+#[derive(Debug, Args)]
+struct InspectArgs {
+    /// A run's folder, or an exported model's
+    model: PathBuf,
+    /// One JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct TokenizerArgs {
+    /// Text: .txt or .jsonl files, or folders
+    #[arg(long, required = true)]
+    data: Vec<PathBuf>,
+    /// Entries of the vocabulary
+    #[arg(long, default_value_t = TokenizerConfig::default().trained_size())]
+    vocab_size: usize,
+    /// The tokenizer.json to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+/// Runs the command that the arguments name.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = u8::from(error.use_stderr());
+            // Nobody to tell if even this cannot be written.
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    let done = match cli.command {
+        Command::Train(args) => train(&args),
+        Command::Eval(args) => eval(&args).map(|()| ExitCode::SUCCESS),
+        Command::Export(args) => export(&args).map(|()| ExitCode::SUCCESS),
+        Command::Inspect(args) => inspect(&args).map(|()| ExitCode::SUCCESS),
+        Command::Tokenizer(args) => tokenizer(&args).map(|()| ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|error| {
+        if is_broken_pipe(&error) {
+            return ExitCode::SUCCESS;
+        }
+        eprintln!("error: {error:#}");
+        ExitCode::from(if is_ours(&error) { 2 } else { 1 })
+    })
+}
+
+/// Whether a reader of our standard output went away, which is its right.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let broken = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
+    error.chain().any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(broken))
+}
+
+/// Whether a failure is no mistake of the user's.
+fn is_ours(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.is::<candle_core::Error>()
+            || matches!(
+                cause.downcast_ref(),
+                Some(TrainError::Candle(_) | TrainError::Runtime(RuntimeError::Candle(_)))
+            )
+            || matches!(cause.downcast_ref(), Some(ExportError::Disagrees { .. }))
+    })
+}
+
+/// Prints a result.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.write_all(b"\n")?;
+    Ok(out.flush()?)
+}
+
+fn train(args: &TrainArgs) -> anyhow::Result<ExitCode> {
+    let resume = match args.resume.as_str() {
+        "auto" => Resume::Auto,
+        "never" => Resume::Never,
+        folder => Resume::From(folder.into()),
+    };
+    let mut config = Config::load(&args.config, &args.sets)?;
+    if let Some(out) = args.out.as_ref().or(match &resume {
+        Resume::From(folder) => Some(folder),
+        Resume::Auto | Resume::Never => None,
+    }) {
+        config.run.out.clone_from(out);
+    }
+    use_threads(config.run.threads)?;
+    let dataset = prepare_data(&config)?;
+    describe(&config, &dataset)?;
+    if args.dry_run {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let interrupt = Interrupt::install().map_err(TrainError::from)?;
+    let mut session = Session::open(&config, dataset, &resume)?;
+    if let Outcome::Interrupted(signal) = session.run(&interrupt)? {
+        return Ok(ExitCode::from(signal.exit_code()));
+    }
+    let dataset = session.into_dataset();
+    if config.run.export {
+        finish(&config, &dataset, args)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Uses this many threads, one a core if none are named.
+fn use_threads(threads: Option<usize>) -> anyhow::Result<()> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    pool.build_global().context("the thread pool cannot be started; run.threads; try fewer")
+}
+
+/// Says on standard error what is about to be trained.
+fn describe(config: &Config, dataset: &Dataset) -> anyhow::Result<()> {
+    let shape = crate::runtime::model_config(config, dataset.vocab_size, dataset.separator)?;
+    let windows = dataset.train.count();
+    let (tokens, seen) =
+        (config.tokens_per_step() as u64, config.train.steps * config.tokens_per_step() as u64);
+    let kind = if shape.quantized { "BitNet b1.58" } else { "full precision" };
+    eprint!("{}", config.to_toml()?);
+    eprintln!();
+    eprintln!(
+        "model: {kind}, {} parameters, vocabulary {}",
+        shape
+            .parameters()
+            .context("the model has more parameters than can be counted; [model]; use smaller sizes")?,
+        dataset.vocab_size
+    );
+    eprintln!(
+        "data: {} training tokens in {windows} windows, {} for validation",
+        dataset.train.tokens().len(),
+        dataset.validation.tokens().len()
+    );
+    eprintln!(
+        "training: {} steps of {tokens} tokens, {:.2} epochs, seed {}, {} threads, kernel {}",
+        config.train.steps,
+        seen as f64 / (windows * config.data.sequence_length as u64) as f64,
+        config.run.seed,
+        rayon::current_num_threads(),
+        bitlinear::kernels::Kernel::active()?.name()
+    );
+    Ok(())
+}
+
+/// After the last step: export, proof, and for the embedded corpus the report on it.
+fn finish(config: &Config, dataset: &Dataset, args: &TrainArgs) -> anyhow::Result<()> {
+    let run = &config.run.out;
+    let out = RunPaths::new(run).export().join("hf");
+    let trained = load_trained(run, Which::Best, dataset)?;
+    let report = export::export(&trained, dataset, &out, true)?;
+    let mut text = String::new();
+    writeln!(text, "exported to {} ({} bytes), step {}", out.display(), report.bytes, report.step)?;
+    writeln!(text, "proven: {}", report.parity)?;
+    let bits = report.bits_per_byte.map(|bits| format!(", {bits:.4} bits per byte")).unwrap_or_default();
+    writeln!(text, "validation loss {:.4} nats per token{bits}", report.loss)?;
+    if let (DataSource::Stories, Some(tokenizer)) = (config.data.source, &dataset.tokenizer) {
+        let model = infer::checkpoint::hf::read(&out)?;
+        let judged = stories::report(&model, tokenizer, config.data.stories_seed, 100)?;
+        writeln!(
+            text,
+            "fresh stories: {:.2} bits each ({:.4} per byte); the corpus's entropy is {:.2} ({:.4}): {:.2} bits above the limit",
+            judged.bits_per_story,
+            judged.bits_per_byte,
+            judged.entropy_bits_per_story,
+            judged.entropy_bits_per_byte,
+            judged.bits_per_story - judged.entropy_bits_per_story
+        )?;
+        writeln!(
+            text,
+            "{} sampled stories: {:.1} % of the sentences and {:.1} % of the whole stories belong to the language",
+            judged.sampled,
+            100.0 * judged.sentences_in_language,
+            100.0 * judged.stories_in_language
+        )?;
+        writeln!(text, "\n{}\n", judged.example)?;
+    }
+    let prompt = args.config.file_stem().map(|_| "Once upon a time").unwrap_or_default();
+    write!(
+        text,
+        "next: cargo run --release --bin infer -- generate {} --prompt \"{prompt}\" --temperature 0.8",
+        out.display()
+    )?;
+    print(&text)
+}
+
+fn load_trained(run: &Path, which: Which, dataset: &Dataset) -> anyhow::Result<export::Trained> {
+    let checkpoint = export::checkpoint_of(run, which)?;
+    Ok(export::load(&checkpoint, dataset.vocab_size, dataset.separator)?)
+}
+
+fn export(args: &ExportArgs) -> anyhow::Result<()> {
+    let Format::Hf = args.format;
+    let which = match args.step.as_str() {
+        "best" => Which::Best,
+        "latest" => Which::Latest,
+        step => match step.parse() {
+            Ok(step) => Which::Step(step),
+            Err(_) => bail!("'{step}' is no checkpoint; --step; give best, latest or a number"),
+        },
+    };
+    let config = export::config_of(&args.run)?;
+    // What the run was trained on, for the proof; tokens come from the cache.
+    let dataset = prepare_data(&config)?;
+    let trained = load_trained(&args.run, which, &dataset)?;
+    let report = export::export(&trained, &dataset, &args.out, false)?;
+    if args.json {
+        return print(&serde_json::to_string(&report)?);
+    }
+    print(&format!(
+        "exported to {} ({} bytes), step {}\nproven: {}",
+        report.path.display(),
+        report.bytes,
+        report.step,
+        report.parity
+    ))
+}
+
+/// The runnable model of a run or of a model's folder, and where its tokenizer is.
+fn any_model(path: &Path) -> anyhow::Result<(infer::Model, PathBuf)> {
+    let paths = RunPaths::new(path);
+    if !paths.is_run() {
+        return Ok((infer::checkpoint::hf::read(path)?, path.join("tokenizer.json")));
+    }
+    let checkpoint = export::checkpoint_of(path, Which::Best)?;
+    let dataset = prepare_data(&export::config_of(path)?)?;
+    let trained = export::load(&checkpoint, dataset.vocab_size, dataset.separator)?;
+    Ok((runnable(trained.model.config(), &trained.parameters)?, paths.tokenizer()))
+}
+
+fn eval(args: &EvalArgs) -> anyhow::Result<()> {
+    let (model, tokenizer) = any_model(&args.model)?;
+    let vocab_size = model.config().vocab_size;
+    let is_tokens = args.data.extension().is_some_and(|e| e == "u16" || e == "u32");
+    let tokenizer = if tokenizer.exists() {
+        TokenizerChoice::File { path: tokenizer, vocab_size: Some(vocab_size) }
+    } else if is_tokens {
+        TokenizerChoice::None { vocab_size }
+    } else {
+        bail!(
+            "there is no tokenizer beside the model; {}; evaluate on a .u16 or .u32 file",
+            tokenizer.display()
+        );
+    };
+    let cache = tempfile::tempdir().context("a temporary folder cannot be made; system; free some space")?;
+    let settings = text_settings(vec![args.data.clone()], tokenizer, cache.path());
+    let dataset = data::prepare(&settings, &|_, _| {})?;
+    let tokens = dataset.validation.tokens();
+    let ids = tokens.get(0..tokens.len());
+    let evaluation = infer::eval::perplexity(&model, &ids, model.config().max_position_embeddings)?;
+    let bits = metrics::bits_per_byte(evaluation.loss, ids.len() as u64, dataset.validation_bytes);
+    let kernel = bitlinear::kernels::Kernel::active()?.name();
+    if args.json {
+        return print(
+            &json!({
+                "loss": evaluation.loss,
+                "perplexity": evaluation.perplexity(),
+                "bits_per_byte": bits,
+                "tokens": evaluation.tokens,
+                "context": evaluation.context,
+                "kernel": kernel,
+            })
+            .to_string(),
+        );
+    }
+    let bits = bits.map(|bits| format!("{bits:.4}")).unwrap_or_else(|| "unknown (no tokenizer)".into());
+    print(&format!(
+        "loss {:.4} nats per token\nperplexity {:.3}\nbits per byte {bits}\ntokens {} in contexts of {}\nkernel {kernel}",
+        evaluation.loss,
+        evaluation.perplexity(),
+        evaluation.tokens,
+        evaluation.context
+    ))
+}
+
+/// Settings that read some text whole, as training and validation data alike.
+fn text_settings(paths: Vec<PathBuf>, tokenizer: TokenizerChoice, cache: &Path) -> DataSettings {
+    DataSettings {
+        train: Source::Paths(paths.clone()),
+        validation: Some(Source::Paths(paths)),
+        validation_fraction: 0.5,
+        text_field: "text".into(),
+        document_split: DocumentSplit::WholeFile,
+        tokenizer,
+        separator: None,
+        sequence_length: 1,
+        cache_dir: cache.into(),
+    }
+}
+
+fn inspect(args: &InspectArgs) -> anyhow::Result<()> {
+    let (model, _) = any_model(&args.model)?;
+    let report = infer::inspect::Report::new(&model);
+    if args.json { print(&serde_json::to_string(&report)?) } else { print(&report.to_string()) }
+}
+
+fn tokenizer(args: &TokenizerArgs) -> anyhow::Result<()> {
+    let cache = tempfile::tempdir().context("a temporary folder cannot be made; system; free some space")?;
+    let choice = TokenizerChoice::Train { vocab_size: args.vocab_size };
+    let dataset = data::prepare(&text_settings(args.data.clone(), choice, cache.path()), &|_, _| {})?;
+    let json = dataset.tokenizer_json.unwrap_or_default();
+    write_atomic(&args.out, &json)?;
+    let (tokens, bytes) = (dataset.train.tokens().len(), dataset.train_bytes.unwrap_or_default());
+    print(&format!(
+        "{}: {} entries; the text is {tokens} tokens, {:.2} bytes each",
+        args.out.display(),
+        dataset.vocab_size,
+        bytes as f64 / tokens.max(1) as f64
+    ))
+}

@@ -1,0 +1,28 @@
+//! Trains BitNet b1.58 models: from text to a checkpoint that runs elsewhere exactly as it was trained.
+//!
+//! In the order in which a run uses them:
+//!
+//! * [`config`]: the one description of a run; [`run_dir`] and [`checkpoint`]: its folder and what it leaves there;
+//! * [`corpus`]: the embedded grammar of stories; [`data`]: from text to shuffled windows of tokens;
+//! * [`parameters`], [`model`], [`optimizer`], [`schedule`]: what is trained and how;
+//! * [`train`]: the loop; [`metrics`], [`progress`], [`interrupt`]: what it tells and how it is stopped;
+//! * [`runtime`]: the trained model in the inference runtime; [`export`]: written out, and proven;
+//! * [`stories`]: what a model of the embedded corpus has learnt;
+//! * [`cli`]: the command line.
+pub mod checkpoint;
+pub mod cli;
+pub mod config;
+pub mod corpus;
+pub mod data;
+pub mod export;
+pub mod interrupt;
+pub mod metrics;
+pub mod model;
+pub mod optimizer;
+pub mod parameters;
+pub mod progress;
+pub mod run_dir;
+pub mod runtime;
+pub mod schedule;
+pub mod stories;
+pub mod train;

@@ -1,0 +1,4 @@
+//! The `trainer` binary: everything is in [`trainer::cli`].
+fn main() -> std::process::ExitCode {
+    trainer::cli::main()
+}

@@ -1,0 +1,158 @@
+//! The decoder as candle operations: what `infer` runs, with gradients.
+//!
+//! Semantics are those of transformers' `BitNetForCausalLM` (with sub-norms) and `LlamaForCausalLM` (without). Every
+//! operation comes from [`bitlinear::autograd`], whose forward is the inference runtime's own arithmetic.
+use std::sync::Arc;
+
+use bitlinear::autograd::{self, Heads};
+use bitlinear::math::RopeTable;
+use candle_core::{Device, Result, Tensor};
+use infer::config::ModelConfig;
+
+use crate::parameters::Parameters;
+
+/// A view of parameters as a model.
+#[derive(Debug, Clone)]
+pub struct Model {
+    config: ModelConfig,
+    rope: Arc<RopeTable>,
+}
+
+impl Model {
+    /// A model of this shape for sequences of up to `sequence_length` tokens.
+    pub fn new(config: ModelConfig, sequence_length: usize) -> Self {
+        let rope = RopeTable::new(config.head_dim, sequence_length, config.rope_theta as f32);
+        Self { config, rope: Arc::new(rope) }
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Hidden states after the last norm for whole sequences of tokens, with a share `lambda` of quantization
+    /// (ignored by a full-precision model).
+    ///
+    /// # Shapes
+    /// `ids [sequences * sequence_length] -> [sequences * sequence_length, hidden_size]`
+    ///
+    /// # Errors
+    /// The number of ids is not a multiple of `sequence_length`, or an id is not in the vocabulary.
+    pub fn hidden(
+        &self,
+        parameters: &Weights<'_>,
+        ids: &[u32],
+        sequence_length: usize,
+        lambda: f32,
+    ) -> Result<Tensor> {
+        let config = &self.config;
+        let lambda = if config.quantized { lambda } else { 0.0 };
+        let eps = config.rms_norm_eps as f32;
+        let heads = Heads {
+            sequence_length,
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            rope: Arc::clone(&self.rope),
+        };
+        let ids = Tensor::new(ids, &Device::Cpu)?;
+        let mut x = parameters.get("model.embed_tokens")?.index_select(&ids, 0)?;
+        for layer in 0..config.num_hidden_layers {
+            let get = |name: &str| parameters.get(&format!("model.layers.{layer}.{name}"));
+            let norm = |x: &Tensor, name: &str| autograd::rms_norm(x, &get(name)?, eps);
+            let linear = |x: &Tensor, name: &str| autograd::bit_linear(x, &get(name)?, lambda);
+
+            let h = norm(&x, "input_layernorm")?;
+            let (q, k, v) = (
+                linear(&h, "self_attn.q_proj")?,
+                linear(&h, "self_attn.k_proj")?,
+                linear(&h, "self_attn.v_proj")?,
+            );
+            let mut a = autograd::attention(&q, &k, &v, &heads)?;
+            if config.sub_norm {
+                a = norm(&a, "self_attn.attn_sub_norm")?;
+            }
+            x = (x + linear(&a, "self_attn.o_proj")?)?;
+
+            let h = norm(&x, "post_attention_layernorm")?;
+            let (gate, up) = (linear(&h, "mlp.gate_proj")?, linear(&h, "mlp.up_proj")?);
+            let mut m = autograd::gated(&gate, &up, config.hidden_act)?;
+            if config.sub_norm {
+                m = norm(&m, "mlp.ffn_sub_norm")?;
+            }
+            x = (x + linear(&m, "mlp.down_proj")?)?;
+        }
+        autograd::rms_norm(&x, &parameters.get("model.norm")?, eps)
+    }
+
+    /// Mean cross-entropy of the targets, in nats a token, with a gradient for each trainable parameter.
+    ///
+    /// # Errors
+    /// As [`Model::hidden`]; a target is not in the vocabulary.
+    pub fn loss(
+        &self,
+        parameters: &Parameters,
+        ids: &[u32],
+        targets: &[u32],
+        sequence_length: usize,
+        lambda: f32,
+    ) -> Result<Tensor> {
+        let weights = Weights::trained(parameters);
+        let hidden = self.hidden(&weights, ids, sequence_length, lambda)?;
+        autograd::head_cross_entropy(&hidden, &self.head(&weights)?, targets.into())
+    }
+
+    /// Cross-entropy of each target, in nats, fully quantized and without a graph.
+    ///
+    /// # Errors
+    /// As [`Model::loss`].
+    pub fn losses(
+        &self,
+        parameters: &Parameters,
+        ids: &[u32],
+        targets: &[u32],
+        sequence_length: usize,
+    ) -> Result<Vec<f32>> {
+        let weights = Weights::fixed(parameters);
+        let hidden = self.hidden(&weights, ids, sequence_length, 1.0)?;
+        autograd::head_loss(&hidden, &self.head(&weights)?, targets)
+    }
+
+    /// Logits `[ids, vocab_size]` of one sequence, fully quantized and without a graph.
+    ///
+    /// # Errors
+    /// As [`Model::hidden`].
+    pub fn logits(&self, parameters: &Parameters, ids: &[u32]) -> Result<Tensor> {
+        let weights = Weights::fixed(parameters);
+        let hidden = self.hidden(&weights, ids, ids.len(), 1.0)?;
+        hidden.matmul(&self.head(&weights)?.t()?)
+    }
+
+    /// The dense head `[vocab_size, hidden_size]`.
+    fn head(&self, parameters: &Weights<'_>) -> Result<Tensor> {
+        parameters.get(if self.config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" })
+    }
+}
+
+/// Parameters as a forward pass sees them.
+pub struct Weights<'a> {
+    parameters: &'a Parameters,
+    trained: bool,
+}
+
+impl<'a> Weights<'a> {
+    /// With gradients.
+    pub fn trained(parameters: &'a Parameters) -> Self {
+        Self { parameters, trained: true }
+    }
+
+    /// Without: nothing computed from them builds a graph.
+    pub fn fixed(parameters: &'a Parameters) -> Self {
+        Self { parameters, trained: false }
+    }
+
+    fn get(&self, module: &str) -> Result<Tensor> {
+        let tensor = self.parameters.tensor(&format!("{module}.weight"));
+        Ok(if self.trained { tensor.clone() } else { tensor.detach() })
+    }
+}

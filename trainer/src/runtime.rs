@@ -1,0 +1,160 @@
+//! From the trainer's parameters to the inference runtime: the model that samples and exports are made of.
+use bitlinear::math::Activation;
+use bitlinear::packed::{PackError, TernaryWeight};
+use infer::checkpoint::CheckpointError;
+use infer::config::ModelConfig;
+use infer::generate::{GenerateError, GenerateOptions, generate};
+use infer::model::{F32Data, Layer, ModelError, Projection, Weights};
+use infer::sampler::SamplingOptions;
+use std::ops::ControlFlow;
+
+use crate::config::{Config, HiddenAct, Quantization};
+use crate::parameters::Parameters;
+
+/// Why parameters do not become a runnable model, or it does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// Latent weights that cannot be ternarized.
+    #[error("the latent weights of '{name}' cannot be packed; {source}")]
+    Pack {
+        /// The weight's name.
+        name: String,
+        /// What is wrong.
+        source: PackError,
+    },
+    /// The model is inconsistent or its input is.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The model's config is not one that the runtime takes.
+    #[error(transparent)]
+    Config(#[from] infer::config::ConfigError),
+    /// Generation failed.
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    /// A model folder cannot be written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// candle.
+    #[error("a tensor cannot be read; {0}")]
+    Candle(#[from] candle_core::Error),
+    /// The tokenizer failed.
+    #[error("the tokenizer failed; {text:?}; {message}")]
+    Tokenizer {
+        /// The text, or what stands for it.
+        text: String,
+        /// What the tokenizer says.
+        message: String,
+    },
+}
+
+/// The model's shape as `config.json` has it. `separator` is the token between documents: it starts and ends a text.
+///
+/// # Errors
+/// The runtime refuses the shape.
+pub fn model_config(
+    config: &Config,
+    vocab_size: usize,
+    separator: Option<u32>,
+) -> Result<ModelConfig, infer::config::ConfigError> {
+    let model = &config.model;
+    let shape = ModelConfig {
+        hidden_size: model.hidden_size,
+        intermediate_size: model.intermediate_size,
+        num_hidden_layers: model.num_hidden_layers,
+        num_attention_heads: model.num_attention_heads,
+        num_key_value_heads: model.kv_heads(),
+        head_dim: model.head_dim(),
+        vocab_size,
+        rms_norm_eps: model.rms_norm_eps as f32,
+        rope_theta: model.rope_theta as f32,
+        max_position_embeddings: config.max_positions(),
+        tie_word_embeddings: model.tie_word_embeddings,
+        hidden_act: match model.hidden_act {
+            HiddenAct::Silu => Activation::Silu,
+            HiddenAct::Relu2 => Activation::Relu2,
+        },
+        sub_norm: model.sub_norm,
+        quantized: model.quantization == Quantization::Bitnet,
+        bos_token_id: separator,
+        eos_token_ids: separator.into_iter().collect(),
+    };
+    shape.validate()?;
+    Ok(shape)
+}
+
+/// The runnable model of parameters: latent weights ternarized and packed, or copied for a full-precision model.
+///
+/// # Errors
+/// A weight is not finite.
+pub fn runnable(config: &ModelConfig, parameters: &Parameters) -> Result<infer::Model, RuntimeError> {
+    let vector = |name: &str| -> Result<F32Data, RuntimeError> {
+        Ok(parameters.tensor(&format!("{name}.weight")).flatten_all()?.to_vec1::<f32>()?.into())
+    };
+    let mut layers = Vec::with_capacity(config.num_hidden_layers);
+    for layer in 0..config.num_hidden_layers {
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        let norm = |part: &str| vector(&name(part));
+        let sub_norm = |part: &str| if config.sub_norm { norm(part).map(Some) } else { Ok(None) };
+        let linear = |part: &str| -> Result<Projection, RuntimeError> {
+            let name = name(part);
+            let values = vector(&name)?;
+            if !config.quantized {
+                return Ok(Projection::Dense(values));
+            }
+            let (out, columns) = parameters.tensor(&format!("{name}.weight")).dims2()?;
+            let packed = TernaryWeight::from_latent(&values, out, columns);
+            Ok(Projection::Ternary(packed.map_err(|source| RuntimeError::Pack { name, source })?))
+        };
+        layers.push(Layer {
+            input_layernorm: norm("input_layernorm")?,
+            q_proj: linear("self_attn.q_proj")?,
+            k_proj: linear("self_attn.k_proj")?,
+            v_proj: linear("self_attn.v_proj")?,
+            attn_sub_norm: sub_norm("self_attn.attn_sub_norm")?,
+            o_proj: linear("self_attn.o_proj")?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            gate_proj: linear("mlp.gate_proj")?,
+            up_proj: linear("mlp.up_proj")?,
+            ffn_sub_norm: sub_norm("mlp.ffn_sub_norm")?,
+            down_proj: linear("mlp.down_proj")?,
+        });
+    }
+    let weights = Weights {
+        embed_tokens: vector("model.embed_tokens")?,
+        layers,
+        norm: vector("model.norm")?,
+        lm_head: if config.tie_word_embeddings { None } else { Some(vector("lm_head")?) },
+    };
+    Ok(infer::Model::new(config.clone(), weights)?)
+}
+
+/// Text that continues `prompt` (a new document if it is empty), without the prompt.
+///
+/// # Errors
+/// The prompt does not fit the context or the tokenizer fails.
+pub fn continue_text(
+    model: &infer::Model,
+    tokenizer: &tokenizers::Tokenizer,
+    prompt: &str,
+    tokens: Option<usize>,
+    sampling: SamplingOptions,
+) -> Result<String, RuntimeError> {
+    let failed = |source: tokenizers::Error| RuntimeError::Tokenizer {
+        text: prompt.chars().take(60).collect(),
+        message: source.to_string(),
+    };
+    let encoding = tokenizer.encode(prompt, false).map_err(failed)?;
+    // A document follows the separator of the one before.
+    let ids: Vec<u32> =
+        model.config().bos_token_id.into_iter().chain(encoding.get_ids().iter().copied()).collect();
+    // Without a separator an empty prompt starts anywhere: at the first token of the vocabulary.
+    let ids = if ids.is_empty() { vec![0] } else { ids };
+    let room = model.config().max_position_embeddings.saturating_sub(ids.len());
+    let options = GenerateOptions {
+        max_new_tokens: tokens.map(|tokens| tokens.min(room)),
+        sampling,
+        stop_ids: model.config().eos_token_ids.clone(),
+    };
+    let generation = generate(model, &ids, &options, &mut |_| ControlFlow::Continue(()))?;
+    tokenizer.decode(&generation.tokens, true).map_err(failed)
+}

@@ -1,0 +1,509 @@
+//! One run: what it owns, and its loop.
+use std::io::Write;
+use std::path::Path;
+use std::time::Instant;
+
+use infer::sampler::SamplingOptions;
+use safetensors::tensor::{Dtype, TensorView};
+
+use super::codes::Codes;
+use super::state::{Best, TrainState};
+use super::{Outcome, Resume, TrainError};
+use crate::checkpoint::{Checkpoint, CheckpointStore, Part};
+use crate::config::{Config, DataSource};
+use crate::corpus::Grammar;
+use crate::data::{self, DataSettings, Dataset, Source, TokenizerChoice};
+use crate::interrupt::Interrupt;
+use crate::metrics::{EvalRecord, Record, TrainRecord, bits_per_byte, peak_memory};
+use crate::model::Model;
+use crate::optimizer::{AdamW, AdamWConfig, Gradients};
+use crate::parameters::Parameters;
+use crate::progress::Progress;
+use crate::run_dir::{MetricsLog, RunDir, write_atomic};
+use crate::{runtime, schedule};
+
+/// Latent weights.
+pub(crate) const MODEL: &str = "model.safetensors";
+/// Both moments of each.
+const OPTIMIZER: &str = "optimizer.safetensors";
+/// Ternary codes at the last evaluation, against which flips are counted.
+const CODES: &str = "codes.safetensors";
+
+/// A run in memory, its folder locked.
+pub struct Session {
+    config: Config,
+    dir: RunDir,
+    store: CheckpointStore,
+    dataset: Dataset,
+    model: Model,
+    parameters: Parameters,
+    optimizer: AdamW,
+    state: TrainState,
+    metrics: MetricsLog,
+    /// Codes at the last evaluation.
+    codes: Codes,
+    progress: Progress,
+}
+
+/// What a step came to.
+struct Step {
+    loss: f64,
+    grad_norm: f64,
+    /// Whether loss and gradient were finite and so parameters changed.
+    updated: bool,
+}
+
+/// Reads and tokenizes the data that a config names, with progress on standard error.
+///
+/// # Errors
+/// The data cannot be used.
+pub fn prepare_data(config: &Config) -> Result<Dataset, TrainError> {
+    let data = &config.data;
+    let train = match data.source {
+        DataSource::Stories => {
+            Source::Documents(Grammar::embedded().stories(data.stories_seed, data.stories_bytes))
+        }
+        DataSource::Files => Source::Paths(data.train.clone()),
+    };
+    let only_tokens = data.source == DataSource::Files
+        && data.train.iter().all(|path| path.extension().is_some_and(|e| e == "u16" || e == "u32"));
+    let tokenizer = match &config.tokenizer.file {
+        Some(path) => TokenizerChoice::File { path: path.clone(), vocab_size: config.model.vocab_size },
+        None if only_tokens => {
+            let size = config.model.vocab_size.or(config.tokenizer.vocab_size);
+            TokenizerChoice::None { vocab_size: size.unwrap_or(config.tokenizer.trained_size()) }
+        }
+        None => TokenizerChoice::Train { vocab_size: config.tokenizer.trained_size() },
+    };
+    let settings = DataSettings {
+        train,
+        validation: (!data.validation.is_empty()).then(|| Source::Paths(data.validation.clone())),
+        validation_fraction: data.validation_fraction,
+        text_field: data.text_field.clone(),
+        document_split: data.document_split,
+        tokenizer,
+        separator: data.separator.clone(),
+        sequence_length: data.sequence_length,
+        cache_dir: data.cache_dir.clone(),
+    };
+    let progress = std::cell::RefCell::new(None);
+    let dataset = data::prepare(&settings, &|done, total| {
+        progress
+            .borrow_mut()
+            .get_or_insert_with(|| Progress::new("tokenizing", 0, total))
+            .update(done, "bytes", false);
+    })?;
+    if let Some(progress) = progress.into_inner() {
+        progress.finish();
+    }
+    for warning in &dataset.warnings {
+        eprintln!("warning: {warning}");
+    }
+    Ok(dataset)
+}
+
+impl Session {
+    /// Starts a run, or goes on with the one in the config's folder.
+    ///
+    /// # Errors
+    /// The folder is in use, its run has other settings or data, or no checkpoint of it is whole.
+    pub fn open(config: &Config, dataset: Dataset, resume: &Resume) -> Result<Self, TrainError> {
+        let dir = match resume {
+            Resume::Never => RunDir::create(&config.run.out)?,
+            Resume::Auto => RunDir::open_or_create(&config.run.out)?,
+            Resume::From(path) => RunDir::open(path)?,
+        };
+        let paths = dir.paths().clone();
+        let shape = runtime::model_config(config, dataset.vocab_size, dataset.separator)
+            .map_err(runtime::RuntimeError::from)?;
+        let store = CheckpointStore::new(paths.checkpoints());
+        store.remove_leftovers()?;
+        let checkpoint = if paths.is_run() {
+            require_same_config(config, &paths.config())?;
+            latest(&store)?
+        } else {
+            None
+        };
+        if let Some(json) = &dataset.tokenizer_json {
+            write_atomic(&paths.tokenizer(), json)?;
+        }
+        write_atomic(&paths.config(), config.to_toml()?.as_bytes())?;
+        let adamw = AdamWConfig {
+            beta1: config.optimizer.beta1,
+            beta2: config.optimizer.beta2,
+            eps: config.optimizer.eps,
+        };
+        let (parameters, optimizer, codes, state) = match &checkpoint {
+            Some(checkpoint) => {
+                let state: TrainState = checkpoint.state()?;
+                require_same_data(&state, &dataset, paths.root())?;
+                let parameters = Parameters::from_safetensors(&shape, &checkpoint.read(MODEL)?)?;
+                let moments = checkpoint.read(OPTIMIZER)?;
+                let optimizer = AdamW::from_safetensors(adamw, state.updates, &parameters, &moments)?;
+                let codes = Codes::from_safetensors(&checkpoint.read(CODES)?)?;
+                (parameters, optimizer, codes, state)
+            }
+            None => {
+                let parameters = Parameters::init(&shape, config.model.initializer_range, config.run.seed)?;
+                let optimizer = AdamW::new(adamw, &parameters);
+                let codes = Codes::of(&parameters)?;
+                (parameters, optimizer, codes, TrainState::new(config.run.seed, &dataset))
+            }
+        };
+        let (metrics, _) = MetricsLog::resume(&paths.metrics(), state.step)?;
+        let model = Model::new(shape, config.data.sequence_length);
+        let progress = Progress::new("training", state.step, config.train.steps);
+        let config = config.clone();
+        Ok(Self {
+            config,
+            dir,
+            store,
+            dataset,
+            model,
+            parameters,
+            optimizer,
+            state,
+            metrics,
+            codes,
+            progress,
+        })
+    }
+
+    /// The data, once the run is over.
+    pub fn into_dataset(self) -> Dataset {
+        self.dataset
+    }
+
+    /// The loop: schedule, micro-steps, clip, update, log, evaluate, checkpoint, sample.
+    ///
+    /// # Errors
+    /// The loss is not finite for too long, a file cannot be written; the last checkpoint stays whole.
+    pub fn run(&mut self, interrupt: &Interrupt) -> Result<Outcome, TrainError> {
+        let steps = self.config.train.steps;
+        while self.state.step < steps {
+            let start = Instant::now();
+            let step = self.step()?;
+            self.log(&step, start)?;
+            self.guard(&step)?;
+            let improved = self.due(self.config.eval.every) && self.evaluate()?;
+            let stop = interrupt.requested();
+            let best = improved && self.config.checkpoint.keep_best;
+            if best || stop.is_some() || self.due(self.config.checkpoint.every) {
+                self.save()?;
+            }
+            if self.due(self.config.sample.every) {
+                self.sample()?;
+            }
+            if let Some(signal) = stop.filter(|_| self.state.step < steps) {
+                self.progress.finish();
+                eprintln!("stopped at step {}; the same command goes on from there", self.state.step);
+                return Ok(Outcome::Interrupted(signal));
+            }
+        }
+        self.progress.finish();
+        Ok(Outcome::Finished)
+    }
+
+    /// One optimizer step; parameters stay as they are if loss or gradient is not finite.
+    fn step(&mut self) -> Result<Step, TrainError> {
+        let (config, at) = (&self.config, self.state.step);
+        let length = config.data.sequence_length;
+        let micro_batches = config.train.gradient_accumulation;
+        let lambda = schedule::lambda(config, at);
+        let mut gradients = Gradients::default();
+        let mut loss = 0.0;
+        for _ in 0..micro_batches {
+            let windows = self.state.sampler.next_batch(self.dataset.train.count(), config.train.batch_size);
+            let (inputs, targets) = self.dataset.train.batch(&windows);
+            let batch_loss = self.model.loss(&self.parameters, &inputs, &targets, length, lambda)?;
+            loss += f64::from(batch_loss.to_scalar::<f32>()?) / micro_batches as f64;
+            if loss.is_finite() {
+                let share = (batch_loss / micro_batches as f64)?;
+                gradients.add(&self.parameters, share.backward()?)?;
+            }
+        }
+        self.state.step += 1;
+        if !loss.is_finite() {
+            return Ok(Step { loss, grad_norm: f64::NAN, updated: false });
+        }
+        let norms = gradients.norms()?;
+        if at == 0 {
+            require_live(&norms)?;
+        }
+        let grad_norm = norms.iter().map(|(_, norm)| norm * norm).sum::<f64>().sqrt();
+        if !grad_norm.is_finite() {
+            return Ok(Step { loss, grad_norm, updated: false });
+        }
+        let clip = config.train.gradient_clip;
+        let factor = if clip > 0.0 && grad_norm > clip { clip / grad_norm } else { 1.0 };
+        let (rate, decay) = (schedule::learning_rate(config, at), schedule::weight_decay(config, at));
+        self.optimizer.update(&self.parameters, &gradients, factor, rate, decay)?;
+        self.state.updates = self.optimizer.updates();
+        Ok(Step { loss, grad_norm, updated: true })
+    }
+
+    /// Writes the step's metrics and moves the bar.
+    fn log(&mut self, step: &Step, start: Instant) -> Result<(), TrainError> {
+        let (config, done) = (&self.config, self.state.step);
+        let tokens = config.tokens_per_step() as u64;
+        let tokens_per_second = tokens as f64 / start.elapsed().as_secs_f64();
+        let due = done.is_multiple_of(config.train.log_every) || done == config.train.steps || done == 1;
+        let message = format!("loss {:.4} | {tokens_per_second:.0} tokens/s", step.loss);
+        self.progress.update(done, &message, due);
+        if !step.updated {
+            let (loss, grad_norm) = (step.loss.to_string(), step.grad_norm.to_string());
+            self.progress
+                .say(&format!("warning: step {done} skipped: loss {loss}, gradient norm {grad_norm}"));
+            self.metrics.append(&Record::Skipped { step: done, loss, grad_norm })?;
+        } else if due {
+            let train = &self.dataset.train;
+            self.metrics.append(&Record::Train(TrainRecord {
+                step: done,
+                tokens: done * tokens,
+                epoch: self.state.sampler.epoch(train.count()),
+                loss: step.loss,
+                bits_per_byte: bits_per_byte(
+                    step.loss,
+                    train.tokens().len() as u64,
+                    self.dataset.train_bytes,
+                ),
+                learning_rate: schedule::learning_rate(config, done - 1),
+                weight_decay: schedule::weight_decay(config, done - 1),
+                lambda: schedule::lambda(config, done - 1),
+                grad_norm: step.grad_norm,
+                skipped: self.state.skipped,
+                tokens_per_second,
+                peak_memory_bytes: peak_memory(),
+            }))?;
+        }
+        Ok(())
+    }
+
+    /// Counts skipped steps and stops after too many in a row.
+    fn guard(&mut self, step: &Step) -> Result<(), TrainError> {
+        if step.updated {
+            self.state.skipped_in_a_row = 0;
+            return Ok(());
+        }
+        self.state.skipped += 1;
+        self.state.skipped_in_a_row += 1;
+        if self.state.skipped_in_a_row >= self.config.train.max_skipped_steps {
+            self.progress.finish();
+            return Err(TrainError::Diverged {
+                step: self.state.step,
+                in_a_row: self.state.skipped_in_a_row,
+                loss: step.loss,
+                norm: step.grad_norm,
+            });
+        }
+        Ok(())
+    }
+
+    /// Whether something that happens `every` so many steps (0 = only at the end) happens now.
+    fn due(&self, every: u64) -> bool {
+        self.state.step == self.config.train.steps || every > 0 && self.state.step.is_multiple_of(every)
+    }
+
+    /// Validation loss, fully quantized; returns whether it is the best so far.
+    fn evaluate(&mut self) -> Result<bool, TrainError> {
+        let windows = self.dataset.validation.evaluation(self.config.eval.windows as u64);
+        let loss = validation_loss(
+            &self.model,
+            &self.parameters,
+            &self.dataset.validation,
+            &windows,
+            self.config.eval.batch_size,
+        )?;
+        let codes = Codes::of(&self.parameters)?;
+        let quantized = self.model.config().quantized;
+        let validation = &self.dataset.validation;
+        let bpb = bits_per_byte(loss, validation.tokens().len() as u64, self.dataset.validation_bytes);
+        let step = self.state.step;
+        self.metrics.append(&Record::Eval(EvalRecord {
+            step,
+            loss,
+            perplexity: loss.exp(),
+            bits_per_byte: bpb,
+            tokens: (windows.len() * validation.sequence_length()) as u64,
+            layers: if quantized { codes.shares(&self.codes) } else { Default::default() },
+        }))?;
+        self.codes = codes;
+        let improved = loss.is_finite() && self.state.best.is_none_or(|best| loss < best.loss);
+        if improved {
+            self.state.best = Some(Best { step, loss });
+        }
+        let bits = bpb.map(|bpb| format!(", {bpb:.4} bits per byte")).unwrap_or_default();
+        let mark = if improved { " (best)" } else { "" };
+        self.progress.say(&format!("step {step}: validation loss {loss:.4}{bits}{mark}"));
+        Ok(improved)
+    }
+
+    /// Writes a checkpoint of this step and removes those that are not to be kept.
+    fn save(&mut self) -> Result<(), TrainError> {
+        self.metrics.sync()?;
+        let values = self.parameters.to_vecs()?;
+        let model = values.iter().map(|(name, _, shape, values)| (name.to_string(), &shape[..], &values[..]));
+        let moments = self.optimizer.state(&self.parameters);
+        let codes = self.codes.to_safetensors()?;
+        let parts = vec![
+            tensors(MODEL, model.collect()),
+            tensors(OPTIMIZER, moments),
+            Part::from_bytes(CODES, &codes),
+        ];
+        self.store.save(self.state.step, &self.config.to_toml()?, &self.state, parts)?;
+        let best = self.state.best.filter(|_| self.config.checkpoint.keep_best).map(|best| best.step);
+        self.store.prune(self.config.checkpoint.keep, best)?;
+        Ok(())
+    }
+
+    /// Generates text from each prompt into `samples/`.
+    fn sample(&mut self) -> Result<(), TrainError> {
+        let Some(tokenizer) = &self.dataset.tokenizer else { return Ok(()) };
+        let sample = &self.config.sample;
+        let model = runtime::runnable(self.model.config(), &self.parameters)?;
+        let mut text = String::new();
+        for (number, prompt) in sample.prompts.iter().enumerate() {
+            let sampling = SamplingOptions {
+                temperature: sample.temperature as f32,
+                top_k: sample.top_k,
+                top_p: sample.top_p as f32,
+                seed: self.config.run.seed ^ (self.state.step << 16) ^ number as u64,
+            };
+            let continued = runtime::continue_text(&model, tokenizer, prompt, Some(sample.tokens), sampling)?;
+            text.push_str(&format!("{prompt}{continued}\n\n"));
+        }
+        write_atomic(
+            &self.dir.paths().samples().join(format!("step-{:08}.txt", self.state.step)),
+            text.as_bytes(),
+        )?;
+        self.progress.say(&format!("sample at step {}: {}", self.state.step, text.trim()));
+        Ok(())
+    }
+}
+
+/// Mean loss, in nats a token, over some windows, fully quantized.
+///
+/// # Errors
+/// candle fails.
+pub fn validation_loss(
+    model: &Model,
+    parameters: &Parameters,
+    windows: &data::Windows,
+    chosen: &[u64],
+    batch_size: usize,
+) -> Result<f64, TrainError> {
+    let (mut sum, mut count) = (0.0, 0u64);
+    for batch in chosen.chunks(batch_size) {
+        let (inputs, targets) = windows.batch(batch);
+        let losses = model.losses(parameters, &inputs, &targets, windows.sequence_length())?;
+        sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
+        count += losses.len() as u64;
+    }
+    Ok(sum / count as f64)
+}
+
+/// f32 tensors as a safetensors file of a checkpoint, streamed.
+fn tensors<'a>(file: &'static str, tensors: Vec<(String, &'a [usize], &'a [f32])>) -> Part<'a> {
+    let bytes: usize = tensors.iter().map(|(.., values)| size_of_val(*values)).sum();
+    Part::new(file, bytes as u64, move |out: &mut dyn Write| {
+        let views = tensors
+            .iter()
+            .map(|(name, shape, values)| {
+                let bytes = bytemuck::cast_slice(values);
+                Ok((name.as_str(), TensorView::new(Dtype::F32, shape.to_vec(), bytes)?))
+            })
+            .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
+        let bytes =
+            views.and_then(|views| safetensors::serialize(views, None)).map_err(std::io::Error::other)?;
+        out.write_all(&bytes)
+    })
+}
+
+/// The newest whole checkpoint; the user hears of those that were passed over.
+fn latest(store: &CheckpointStore) -> Result<Option<Checkpoint>, TrainError> {
+    let latest = store.latest_valid()?;
+    let reasons: Vec<_> =
+        latest.rejected.iter().map(|r| format!("{}: {}", r.path.display(), r.reason)).collect();
+    for reason in &reasons {
+        eprintln!("warning: checkpoint passed over: {reason}");
+    }
+    match latest.checkpoint {
+        Some(checkpoint) => {
+            eprintln!("resuming from {}", checkpoint.path().display());
+            Ok(Some(checkpoint))
+        }
+        None if reasons.is_empty() => Ok(None),
+        None => Err(TrainError::NoValidCheckpoint {
+            path: store.path_of(0).parent().unwrap_or(Path::new("")).into(),
+            reasons: reasons.join("; "),
+        }),
+    }
+}
+
+/// Settings that may differ when a run goes on: they change neither weights nor the order of data.
+const FREE: [&str; 11] = [
+    "run.name",
+    "run.out",
+    "run.threads",
+    "run.export",
+    "data.train",
+    "data.validation",
+    "data.cache_dir",
+    "tokenizer.file",
+    "train.log_every",
+    "checkpoint.",
+    "sample.",
+];
+
+/// Refuses to go on with a run whose config differs in more than [`FREE`] keys (paths are free: contents are hashed).
+fn require_same_config(config: &Config, stored: &Path) -> Result<(), TrainError> {
+    let flat = |config: &Config| -> Result<_, TrainError> {
+        let mut keys = std::collections::BTreeMap::new();
+        // What `to_toml` writes is TOML, so the parse cannot fail but on a fault of ours, which shows as a difference.
+        let table: toml::Table = config.to_toml()?.parse().unwrap_or_default();
+        for (section, values) in table {
+            for (key, value) in values.as_table().into_iter().flatten() {
+                keys.insert(format!("{section}.{key}"), value.to_string());
+            }
+        }
+        Ok(keys)
+    };
+    let (now, then) = (flat(config)?, flat(&Config::load(stored, &[])?)?);
+    let names: std::collections::BTreeSet<_> = now.keys().chain(then.keys()).collect();
+    let value = |keys: &std::collections::BTreeMap<String, String>, name: &String| {
+        keys.get(name).cloned().unwrap_or_else(|| "absent".into())
+    };
+    let changed: Vec<_> = names
+        .into_iter()
+        .filter(|name| {
+            !FREE.iter().any(|free| *name == free || free.ends_with('.') && name.starts_with(free))
+        })
+        .filter(|name| now.get(*name) != then.get(*name))
+        .map(|name| format!("{name} ({} then, {} now)", value(&then, name), value(&now, name)))
+        .collect();
+    if changed.is_empty() {
+        return Ok(());
+    }
+    let path = stored.parent().unwrap_or(stored).into();
+    Err(TrainError::ConfigChanged { keys: changed.join(", "), path })
+}
+
+/// Refuses to go on with other data.
+fn require_same_data(state: &TrainState, dataset: &Dataset, path: &Path) -> Result<(), TrainError> {
+    let changed = |what| Err(TrainError::DataChanged { what, path: path.into() });
+    if state.tokenizer_hash != dataset.tokenizer_hash {
+        return changed("tokenizer");
+    }
+    if state.dataset_hash != dataset.dataset_hash {
+        return changed("data");
+    }
+    Ok(())
+}
+
+/// Each trainable variable must have a finite gradient that is not zero: candle cuts graphs without an error.
+fn require_live(norms: &[(&str, f64)]) -> Result<(), TrainError> {
+    match norms.iter().find(|(_, norm)| !(norm.is_finite() && *norm > 0.0)) {
+        Some((name, norm)) => Err(TrainError::DeadGradient { name: (*name).to_owned(), norm: *norm }),
+        None => Ok(()),
+    }
+}
