@@ -78,7 +78,7 @@ def shapes(case):
 
 
 def initial(case, seed):
-    """Norms between 3/4 and 5/4, embeddings between -1 and 1, projections between -1/4 and 1/4."""
+    """Norms between 3/4 and 5/4, embeddings between -1/2 and 1/2, projections between -1/4 and 1/4."""
     parameters = {}
     for stream, (name, shape) in enumerate(shapes(case).items()):
         values = uniform(seed, stream, math.prod(shape)).reshape(shape)
@@ -86,8 +86,6 @@ def initial(case, seed):
             values = np.float32(1) + values * np.float32(0.5)
         elif any(projection in name for projection in PROJECTIONS):
             values = values * np.float32(0.5)
-        else:
-            values = values * np.float32(2)
         parameters[name] = torch.nn.Parameter(torch.from_numpy(values))
     return parameters
 
@@ -200,7 +198,7 @@ def quantizer_vectors():
         np.concatenate([[-127.0], -ties]),
         np.concatenate([[254.0], 2 * ties]),
         np.zeros(width),
-        1e-6 * np.arange(width),  # the floor of the largest magnitude
+        4e-7 * np.arange(width),  # the floor of the largest magnitude
         np.full(width, -1e-9),
         1e30 * uniform(1, 0, width),
         uniform(1, 1, width),
@@ -213,7 +211,7 @@ def quantizer_vectors():
         # The mean magnitude is 1: 0.5, 1.5 and 2.5 are ties.
         "ties": [0.5, -0.5, 1.5, -1.5, 0.5, -0.5, 2.5, -0.5],
         "zeros": np.zeros(8),
-        "tiny": 1e-6 * np.arange(-4, 4),
+        "tiny": 2e-6 * np.arange(-4, 4),
         "random": 0.04 * uniform(2, 0, 1000),
         "outlier": np.where(np.arange(64) == 9, 50.0, uniform(2, 1, 64)),
         "equal": np.full(16, -0.3),
@@ -242,6 +240,8 @@ def main():
         save_file(tensors, HERE / f"{name}.safetensors", metadata)
         print(name, "seed", seed, "losses", tensors["losses"].tolist(), "norms", tensors["gradient_norms"].tolist())
     save_file(quantizer_vectors(), HERE / "quantizers.safetensors", versions)
+    for file in HERE.glob("*.safetensors"):
+        file.chmod(0o644)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ use std::path::Path;
 use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, Tokenizer};
 
 /// The separator that a trained tokenizer puts between documents; its id is 0.
@@ -49,7 +50,8 @@ pub fn train(documents: &[impl AsRef<str>], vocab_size: usize) -> Result<(Tokeni
     let mut tokenizer = Tokenizer::new(BPE::default());
     tokenizer
         .with_pre_tokenizer(Some(ByteLevel::new(false, true, true)))
-        .with_decoder(Some(ByteLevel::new(false, true, true)));
+        .with_decoder(Some(ByteLevel::new(false, true, true)))
+        .with_post_processor(Some(document_start().map_err(failed)?));
     tokenizer.train(&mut trainer, training_pieces(documents).into_iter()).map_err(failed)?;
     let found = vocabulary_size(&tokenizer);
     if found != vocab_size {
@@ -59,6 +61,14 @@ pub fn train(documents: &[impl AsRef<str>], vocab_size: usize) -> Result<(Tokeni
     // What is used is what is written.
     let tokenizer = parse(&json).map_err(failed)?;
     Ok((tokenizer, json))
+}
+
+/// Puts a separator before a prompt (where special tokens are asked for): documents are trained after a separator, so a
+/// prompt without one would look like the middle of a text.
+fn document_start() -> Result<TemplateProcessing, tokenizers::Error> {
+    let mut builder = TemplateProcessing::builder();
+    builder.try_single(format!("{END_OF_TEXT} $A"))?.special_tokens(vec![(END_OF_TEXT, 0)]);
+    Ok(builder.build()?)
 }
 
 /// Text in pieces that can be counted in parallel, without the separators that stand in it, up to a total of 1 GiB.
@@ -215,6 +225,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_prompt_starts_a_document() {
+        let tokenizer = &small().0;
+        let ids = |special| tokenizer.encode("the cat", special).unwrap().get_ids().to_vec();
+        assert_eq!(ids(true), [&[0], &ids(false)[..]].concat());
+        assert_eq!(tokenizer.decode(&ids(true), true).unwrap(), "the cat");
     }
 
     #[test]

@@ -7,20 +7,39 @@ use crate::math::{Activation, RopeTable};
 /// Step of the differences, for inputs of magnitude about 1.
 const STEP: f64 = 1.0 / 64.0;
 
-/// Largest error of a derivative, in units of the gradient's root mean square plus its own magnitude.
+/// Largest error of a derivative along a direction, in units of the gradient's root mean square times the direction's
+/// length, plus its own magnitude.
 ///
-/// The forward is f32: each output is rounded to about 2^-23 of its size, which a division by the step makes 1e-5, more
-/// where an output is a sum; the extrapolated difference is exact up to the fourth power of the step, 1e-7 times a fifth
-/// derivative. A wrong term, sign or factor shows as 1e-1 and more.
+/// The forward is f32: each output is rounded to about 2^-23 of its size, which the division by twice the step makes
+/// 1e-5, more where an output is a sum; the extrapolated difference is exact up to the fourth power of the step, 1e-7
+/// times a fifth derivative. A wrong term, sign or factor shows as 1e-2 and more.
 const TOLERANCE: f64 = 1e-3;
 
 /// Random directions and single coordinates tried for each input.
 const DIRECTIONS: usize = 6;
 const COORDINATES: usize = 24;
 
-/// The worst error of `gradients`, in units of [`TOLERANCE`]'s definition, against differences of `Σ upstream * op`.
+/// The derivative of `Σ upstream * op` along a direction of one input: a central difference with Richardson's
+/// extrapolation.
 ///
 /// Outputs are subtracted before they are summed, in f64, so that those a coordinate does not reach cancel exactly.
+fn slope(op: Op<'_>, inputs: &[Tensor], which: usize, direction: &[f64], upstream: &[f32]) -> f64 {
+    let output = |step: f64| {
+        let x = flat(&inputs[which]);
+        let moved = x.iter().zip(direction).map(|(x, d)| (f64::from(*x) + step * d) as f32).collect();
+        let mut inputs = inputs.to_vec();
+        inputs[which] = Tensor::from_vec(moved, inputs[which].shape(), &Device::Cpu).unwrap();
+        flat(&op(&inputs).unwrap())
+    };
+    let difference = |step: f64| {
+        let (ahead, behind) = (output(step), output(-step));
+        let outputs = ahead.iter().zip(&behind).zip(upstream);
+        outputs.map(|((a, b), u)| (f64::from(*a) - f64::from(*b)) * f64::from(*u)).sum::<f64>() / (2.0 * step)
+    };
+    (4.0 * difference(STEP) - difference(2.0 * STEP)) / 3.0
+}
+
+/// The worst error of `gradients` against [`slope`], in the units of [`TOLERANCE`].
 fn worst_error(
     op: Op<'_>,
     inputs: &[Tensor],
@@ -28,36 +47,23 @@ fn worst_error(
     gradients: &[Vec<f32>],
     rng: &mut ChaCha8Rng,
 ) -> f64 {
+    let length = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>().sqrt();
     let mut worst = 0f64;
     for (which, gradient) in gradients.iter().enumerate() {
-        let mean_square = gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>() / gradient.len() as f64;
+        let gradient: Vec<f64> = gradient.iter().map(|g| f64::from(*g)).collect();
+        let count = gradient.len();
+        let root_mean_square = length(&gradient) / (count as f64).sqrt();
         for attempt in 0..DIRECTIONS + COORDINATES {
             let direction: Vec<f64> = if attempt < DIRECTIONS {
-                // Of length 1, as those along a coordinate.
-                let values: Vec<f64> =
-                    random_values(rng, gradient.len()).into_iter().map(f64::from).collect();
-                let length = values.iter().map(|d| d * d).sum::<f64>().sqrt();
-                values.into_iter().map(|d| d / length).collect()
+                // Of signs, so that no coordinate moves by less than its rounding.
+                (0..count).map(|_| if rng.random() { 1.0 } else { -1.0 }).collect()
             } else {
-                let coordinate = rng.random_range(0..gradient.len());
-                (0..gradient.len()).map(|i| f64::from(u8::from(i == coordinate))).collect()
+                let coordinate = rng.random_range(0..count);
+                (0..count).map(|i| f64::from(u8::from(i == coordinate))).collect()
             };
-            let found: f64 = gradient.iter().zip(&direction).map(|(g, d)| f64::from(*g) * d).sum();
-            let difference = |step: f64| {
-                let [ahead, behind] = [step, -step].map(|step| {
-                    let x = flat(&inputs[which]);
-                    let moved: Vec<f32> =
-                        x.iter().zip(&direction).map(|(x, d)| (f64::from(*x) + step * d) as f32).collect();
-                    let mut inputs = inputs.to_vec();
-                    inputs[which] = Tensor::from_vec(moved, inputs[which].shape(), &Device::Cpu).unwrap();
-                    flat(&op(&inputs).unwrap())
-                });
-                let outputs = ahead.iter().zip(&behind).zip(upstream);
-                outputs.map(|((a, b), u)| (f64::from(*a) - f64::from(*b)) * f64::from(*u)).sum::<f64>()
-                    / (2.0 * step)
-            };
-            let expected = (4.0 * difference(STEP) - difference(2.0 * STEP)) / 3.0;
-            let error = (found - expected).abs() / (mean_square.sqrt() + expected.abs());
+            let found: f64 = gradient.iter().zip(&direction).map(|(g, d)| g * d).sum();
+            let expected = slope(op, inputs, which, &direction, upstream);
+            let error = (found - expected).abs() / (root_mean_square * length(&direction) + expected.abs());
             worst = worst.max(if error.is_finite() { error } else { f64::INFINITY });
         }
     }
@@ -82,12 +88,12 @@ fn wrong_gradients_are_found() {
     let mut error = |gradients: &[Vec<f32>]| worst_error(op, &inputs, &flat(&upstream), gradients, &mut rng);
     assert!(error(&right) < TOLERANCE);
     for which in 0..2 {
-        let changes: [&dyn Fn(&mut Vec<f32>); 5] = [
-            &|g| g.iter_mut().for_each(|g| *g *= 1.01),
-            &|g| g.iter_mut().for_each(|g| *g = -*g),
-            &|g| g[0] += 0.1,
-            &|g| g[5] = f32::NAN,
-            &|g| g.fill(0.0),
+        let changes: [fn(&mut [f32]); 5] = [
+            |g| g.iter_mut().for_each(|g| *g *= 1.01),
+            |g| g.iter_mut().for_each(|g| *g = -*g),
+            |g| g[0] += 0.1,
+            |g| g[5] = f32::NAN,
+            |g| g.fill(0.0),
         ];
         for (at, change) in changes.iter().enumerate() {
             let mut wrong = right.clone();
