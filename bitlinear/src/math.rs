@@ -221,6 +221,11 @@ impl RopeTable {
         Self { half, cos, sin }
     }
 
+    /// Elements in the heads that this table turns.
+    pub fn head_dim(&self) -> usize {
+        2 * self.half
+    }
+
     /// Number of positions in the table.
     pub fn positions(&self) -> usize {
         self.cos.len() / self.half

@@ -10,6 +10,7 @@ A rounding to int8 or to a ternary code that sits near a tie falls to either sid
 of it; the comparison would then be of two different functions. So seeds are tried from 0 until, over all steps, every value
 stays MARGIN (activations) or WEIGHT_MARGIN (weights) of a code away from the next tie.
 """
+import json
 import math
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 HERE = Path(__file__).parent
 EPS = 1e-5
@@ -223,6 +224,17 @@ def quantizer_vectors():
     return tensors
 
 
+def write(name, tensors, metadata):
+    """As safetensors writes it, but with the metadata in order: its own order changes from run to run."""
+    data = save(tensors, metadata)
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    (HERE / name).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
 def main():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -237,11 +249,9 @@ def main():
         config = SHAPE | case | {"max_position_embeddings": LENGTH}
         metadata = versions | {k: str(v) for k, v in config.items()} | {"seed": str(seed)}
         metadata |= {"learning_rate": str(OPTIMIZER["lr"]), "weight_decay": str(DECAY), "gradient_clip": str(CLIP)}
-        save_file(tensors, HERE / f"{name}.safetensors", metadata)
+        write(f"{name}.safetensors", tensors, metadata)
         print(name, "seed", seed, "losses", tensors["losses"].tolist(), "norms", tensors["gradient_norms"].tolist())
-    save_file(quantizer_vectors(), HERE / "quantizers.safetensors", versions)
-    for file in HERE.glob("*.safetensors"):
-        file.chmod(0o644)
+    write("quantizers.safetensors", quantizer_vectors(), versions)
 
 
 if __name__ == "__main__":

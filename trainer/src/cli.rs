@@ -176,12 +176,15 @@ fn train(args: &TrainArgs) -> anyhow::Result<ExitCode> {
         folder => Resume::From(folder.into()),
     };
     let mut config = Config::load(&args.config, &args.sets)?;
-    if let Some(out) = args.out.as_ref().or(match &resume {
-        Resume::From(folder) => Some(folder),
-        Resume::Auto | Resume::Never => None,
-    }) {
-        config.run.out.clone_from(out);
-    }
+    config.run.out = match (&args.out, &resume) {
+        (Some(out), Resume::From(folder)) if out != folder => bail!(
+            "--out {} and --resume {} name two folders; command line; give one of them",
+            out.display(),
+            folder.display()
+        ),
+        (Some(folder), _) | (None, Resume::From(folder)) => folder.clone(),
+        (None, Resume::Auto | Resume::Never) => config.run.out,
+    };
     use_threads(config.run.threads)?;
     let dataset = prepare_data(&config)?;
     describe(&config, &dataset)?;

@@ -21,7 +21,7 @@ pub struct Model {
 impl Model {
     /// A model of this shape for sequences of up to `sequence_length` tokens.
     pub fn new(config: ModelConfig, sequence_length: usize) -> Self {
-        let rope = RopeTable::new(config.head_dim, sequence_length, config.rope_theta as f32);
+        let rope = RopeTable::new(config.head_dim, sequence_length, config.rope_theta);
         Self { config, rope: Arc::new(rope) }
     }
 
@@ -47,7 +47,7 @@ impl Model {
     ) -> Result<Tensor> {
         let config = &self.config;
         let lambda = if config.quantized { lambda } else { 0.0 };
-        let eps = config.rms_norm_eps as f32;
+        let eps = config.rms_norm_eps;
         let heads = Heads {
             sequence_length,
             heads: config.num_attention_heads,

@@ -40,6 +40,9 @@ pub struct Parameter {
     pub value: Var,
 }
 
+/// Name, role, shape and values of a tensor, copied out.
+pub type Copied<'a> = (&'a str, Role, Vec<usize>, Vec<f32>);
+
 /// The trainable tensors of a model by name; iteration is in the order of names.
 #[derive(Debug, Clone)]
 pub struct Parameters(BTreeMap<String, Parameter>);
@@ -181,7 +184,7 @@ impl Parameters {
     ///
     /// # Errors
     /// candle cannot read a tensor.
-    pub fn to_vecs(&self) -> candle_core::Result<Vec<(&str, Role, Vec<usize>, Vec<f32>)>> {
+    pub fn to_vecs(&self) -> candle_core::Result<Vec<Copied<'_>>> {
         self.iter()
             .map(|(name, p)| {
                 Ok((name, p.role, p.value.dims().to_vec(), p.value.flatten_all()?.to_vec1::<f32>()?))

@@ -22,7 +22,7 @@ pub struct Heads {
     pub kv_heads: usize,
     /// Elements in a head.
     pub head_dim: usize,
-    /// Rotary embedding for at least `sequence_length` positions.
+    /// Rotary embedding of `head_dim` elements for at least `sequence_length` positions.
     pub rope: Arc<RopeTable>,
 }
 
@@ -46,14 +46,16 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads) -> Result<Te
         && q.dims() == [tokens, query_heads * head_dim]
         && k.dims() == [tokens, kv_heads * head_dim]
         && v.dims() == k.dims()
-        && rope.positions() >= *sequence_length;
+        && rope.positions() >= *sequence_length
+        && rope.head_dim() == *head_dim;
     if !fits {
         bail!(
             "attention of q {:?}, k {:?}, v {:?} in sequences of {sequence_length} with {query_heads} heads over {kv_heads} \
-             of {head_dim} elements and {} positions; the shapes must agree",
+             of {head_dim} elements, rotary embedding of {} elements at {} positions; the shapes must agree",
             q.dims(),
             k.dims(),
             v.dims(),
+            rope.head_dim(),
             rope.positions()
         );
     }

@@ -129,8 +129,12 @@ pub fn load(path: &Path) -> Result<(Tokenizer, Vec<u8>), DataError> {
     Ok((tokenizer, json))
 }
 
+/// The `tokenizers` crate takes parts of its file for granted and panics where they are damaged: what is not JSON is
+/// refused before it comes that far, and a panic on the rest is an error too.
 pub(super) fn parse(json: &[u8]) -> tokenizers::Result<Tokenizer> {
-    let mut tokenizer = Tokenizer::from_bytes(json)?;
+    serde_json::from_slice::<serde::de::IgnoredAny>(json)?;
+    let read = std::panic::catch_unwind(|| Tokenizer::from_bytes(json));
+    let mut tokenizer = read.unwrap_or_else(|_| Err("its reader failed".into()))?;
     if vocabulary_size(&tokenizer) == 0 {
         return Err("its vocabulary is empty".into());
     }

@@ -68,7 +68,10 @@ pub fn prepare_data(config: &Config) -> Result<Dataset, TrainError> {
     let only_tokens = data.source == DataSource::Files
         && data.train.iter().all(|path| path.extension().is_some_and(|e| e == "u16" || e == "u32"));
     let tokenizer = match &config.tokenizer.file {
-        Some(path) => TokenizerChoice::File { path: path.clone(), vocab_size: config.model.vocab_size },
+        Some(path) => TokenizerChoice::File {
+            path: path.clone(),
+            vocab_size: config.model.vocab_size.or(config.tokenizer.vocab_size),
+        },
         None if only_tokens => {
             let size = config.model.vocab_size.or(config.tokenizer.vocab_size);
             TokenizerChoice::None { vocab_size: size.unwrap_or(config.tokenizer.trained_size()) }

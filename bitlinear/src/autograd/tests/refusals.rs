@@ -65,6 +65,10 @@ fn attention_refuses_what_does_not_divide() {
         ([6, 3, 4, 2, 8], [32, 16, 24], false),
         // More positions than the table has.
         ([12, 12, 4, 2, 8], [32, 16, 16], false),
+        // Heads that the table does not turn as one.
+        ([6, 3, 2, 1, 16], [32, 16, 16], false),
+        ([6, 3, 8, 4, 4], [32, 16, 16], false),
+        ([6, 3, 4, 2, 0], [0, 0, 0], false),
     ];
     let rope = Arc::new(RopeTable::new(8, 11, 1e4));
     for ([tokens, sequence_length, heads, kv_heads, head_dim], columns, fits) in cases {
