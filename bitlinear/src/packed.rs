@@ -10,6 +10,8 @@
 //!
 //! So one 32-byte load and three shifts give 128 codes in the order of the activations. Code 3 never occurs: packing
 //! refuses every value outside -1, 0, +1.
+//!
+//! This is the layout in memory; Hugging Face's files have another one, which the `infer` crate packs and unpacks.
 
 use crate::quant;
 

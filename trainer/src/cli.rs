@@ -127,13 +127,15 @@ pub fn main() -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    let done = match cli.command {
+    let run = move || match cli.command {
         Command::Train(args) => train(&args),
         Command::Eval(args) => eval(&args).map(|()| ExitCode::SUCCESS),
         Command::Export(args) => export(&args).map(|()| ExitCode::SUCCESS),
         Command::Inspect(args) => inspect(&args).map(|()| ExitCode::SUCCESS),
         Command::Tokenizer(args) => tokenizer(&args).map(|()| ExitCode::SUCCESS),
     };
+    // A panic has told its message already; it is a fault of ours.
+    let Ok(done) = std::panic::catch_unwind(run) else { return ExitCode::from(2) };
     done.unwrap_or_else(|error| {
         if is_broken_pipe(&error) {
             return ExitCode::SUCCESS;
@@ -198,7 +200,7 @@ fn train(args: &TrainArgs) -> anyhow::Result<ExitCode> {
     }
     let dataset = session.into_dataset();
     if config.run.export {
-        finish(&config, &dataset, args)?;
+        finish(&config, &dataset)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -242,7 +244,7 @@ fn describe(config: &Config, dataset: &Dataset) -> anyhow::Result<()> {
 }
 
 /// After the last step: export, proof, and for the embedded corpus the report on it.
-fn finish(config: &Config, dataset: &Dataset, args: &TrainArgs) -> anyhow::Result<()> {
+fn finish(config: &Config, dataset: &Dataset) -> anyhow::Result<()> {
     let run = &config.run.out;
     let out = RunPaths::new(run).export().join("hf");
     let trained = load_trained(run, Which::Best, dataset)?;
@@ -254,30 +256,17 @@ fn finish(config: &Config, dataset: &Dataset, args: &TrainArgs) -> anyhow::Resul
     writeln!(text, "validation loss {:.4} nats per token{bits}", report.loss)?;
     if let (DataSource::Stories, Some(tokenizer)) = (config.data.source, &dataset.tokenizer) {
         let model = infer::checkpoint::hf::read(&out)?;
-        let judged = stories::report(&model, tokenizer, config.data.stories_seed, 100)?;
-        writeln!(
-            text,
-            "fresh stories: {:.2} bits each ({:.4} per byte); the corpus's entropy is {:.2} ({:.4}): {:.2} bits above the limit",
-            judged.bits_per_story,
-            judged.bits_per_byte,
-            judged.entropy_bits_per_story,
-            judged.entropy_bits_per_byte,
-            judged.bits_per_story - judged.entropy_bits_per_story
-        )?;
-        writeln!(
-            text,
-            "{} sampled stories: {:.1} % of the sentences and {:.1} % of the whole stories belong to the language",
-            judged.sampled,
-            100.0 * judged.sentences_in_language,
-            100.0 * judged.stories_in_language
-        )?;
-        writeln!(text, "\n{}\n", judged.example)?;
+        match stories::report(&model, tokenizer, config.data.stories_seed, 100)? {
+            Some(judged) => writeln!(text, "{judged}\n")?,
+            None => writeln!(text, "the context is too short to judge whole stories; raise data.sequence_length\n")?,
+        }
     }
-    let prompt = args.config.file_stem().map(|_| "Once upon a time").unwrap_or_default();
+    let prompt = config.sample.prompts.iter().find(|prompt| !prompt.is_empty());
     write!(
         text,
-        "next: cargo run --release --bin infer -- generate {} --prompt \"{prompt}\" --temperature 0.8",
-        out.display()
+        "next: cargo run --release --bin infer -- generate {} --prompt \"{}\"",
+        out.display(),
+        prompt.map_or("Once upon a time", |prompt| prompt)
     )?;
     print(&text)
 }
@@ -301,6 +290,7 @@ fn export(args: &ExportArgs) -> anyhow::Result<()> {
     // What the run was trained on, for the proof; tokens come from the cache.
     let dataset = prepare_data(&config)?;
     let trained = load_trained(&args.run, which, &dataset)?;
+    trained.state.require_same_data(&dataset, &args.run)?;
     let report = export::export(&trained, &dataset, &args.out, false)?;
     if args.json {
         return print(&serde_json::to_string(&report)?);
@@ -321,15 +311,21 @@ fn any_model(path: &Path) -> anyhow::Result<(infer::Model, PathBuf)> {
         return Ok((infer::checkpoint::hf::read(path)?, path.join("tokenizer.json")));
     }
     let checkpoint = export::checkpoint_of(path, Which::Best)?;
-    let dataset = prepare_data(&export::config_of(path)?)?;
-    let trained = export::load(&checkpoint, dataset.vocab_size, dataset.separator)?;
+    let separator = match paths.tokenizer() {
+        file if file.exists() => {
+            let (tokenizer, _) = data::load_tokenizer(&file)?;
+            data::end_of_text_id(&tokenizer, export::config_of(path)?.data.separator.as_deref())?
+        }
+        _ => None,
+    };
+    let trained = export::load(&checkpoint, export::vocab_size_of(&checkpoint)?, separator)?;
     Ok((runnable(trained.model.config(), &trained.parameters)?, paths.tokenizer()))
 }
 
 fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     let (model, tokenizer) = any_model(&args.model)?;
     let vocab_size = model.config().vocab_size;
-    let is_tokens = args.data.extension().is_some_and(|e| e == "u16" || e == "u32");
+    let is_tokens = data::is_token_file(&args.data);
     let tokenizer = if tokenizer.exists() {
         TokenizerChoice::File { path: tokenizer, vocab_size: Some(vocab_size) }
     } else if is_tokens {

@@ -1,7 +1,6 @@
 //! The trainable tensors of a model, under their Hugging Face names and in the order of those names.
 //!
-//! Everything is f32: in bf16 a step of the usual size leaves most latent weights where they are. Each tensor has its
-//! own random stream, so adding one does not change the others.
+//! Everything is f32: in bf16 a step of the usual size leaves most latent weights where they are.
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
@@ -52,20 +51,20 @@ pub struct Parameters(BTreeMap<String, Parameter>);
 pub enum ParameterError {
     /// The file is not a safetensors file.
     #[error(
-        "the stored parameters cannot be read; model.safetensors; the file is damaged, use another checkpoint"
+        "the stored parameters cannot be read; checkpoint; a file of it is damaged, use another"
     )]
     Format(#[from] safetensors::SafeTensorError),
     /// A tensor is missing.
-    #[error("tensor '{0}' is missing; model.safetensors; the file belongs to a model of another shape")]
+    #[error("tensor '{0}' is missing; checkpoint; the file belongs to a model of another shape")]
     Missing(String),
     /// A tensor that the model does not have.
     #[error(
-        "tensor '{0}' is not part of this model; model.safetensors; the file belongs to a model of another shape"
+        "tensor '{0}' is not part of this model; checkpoint; the file belongs to a model of another shape"
     )]
     Unexpected(String),
     /// A tensor of another shape or type.
     #[error(
-        "tensor '{name}' is {found}, expected F32 {expected:?}; model.safetensors; the file belongs to a model of another shape"
+        "tensor '{name}' is {found}, expected F32 {expected:?}; checkpoint; the file belongs to a model of another shape"
     )]
     Shape {
         /// The tensor.
@@ -143,7 +142,7 @@ impl Parameters {
         Ok(Self(parameters))
     }
 
-    /// Parameters out of the bytes of a safetensors file that [`Parameters::views`] made.
+    /// Parameters out of the bytes of a safetensors file that a checkpoint wrote.
     ///
     /// # Errors
     /// The file is damaged, or its tensors are not exactly those of `config`.

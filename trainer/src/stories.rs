@@ -20,7 +20,7 @@ pub struct StoryReport {
     pub bits_per_story: f64,
     /// The corpus's exact entropy: no model can be below it.
     pub entropy_bits_per_story: f64,
-    /// Both, in bits a byte.
+    /// The model's, in bits a byte.
     pub bits_per_byte: f64,
     /// The entropy in bits a byte.
     pub entropy_bits_per_byte: f64,
@@ -34,9 +34,33 @@ pub struct StoryReport {
     pub example: String,
 }
 
+impl std::fmt::Display for StoryReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        writeln!(
+            f,
+            "fresh stories: {:.2} bits each ({:.4} per byte); the corpus's entropy is {:.2} ({:.4}): {:.2} bits above the limit",
+            self.bits_per_story,
+            self.bits_per_byte,
+            self.entropy_bits_per_story,
+            self.entropy_bits_per_byte,
+            self.bits_per_story - self.entropy_bits_per_story
+        )?;
+        writeln!(
+            f,
+            "{} sampled stories: {:.1} % of the sentences and {:.1} % of the whole stories belong to the language",
+            self.sampled,
+            100.0 * self.sentences_in_language,
+            100.0 * self.stories_in_language
+        )?;
+        write!(f, "\n{}", self.example)
+    }
+}
+
 /// Scores fresh stories and judges `sampled` generated ones.
 ///
 /// Fresh stories come from stream `seed + 1` of the grammar, which training on stream `seed` has not seen.
+///
+/// Nothing if the model's context cannot hold whole stories.
 ///
 /// # Errors
 /// The tokenizer or the model fails.
@@ -45,7 +69,7 @@ pub fn report(
     tokenizer: &Tokenizer,
     seed: u64,
     sampled: usize,
-) -> Result<StoryReport, RuntimeError> {
+) -> Result<Option<StoryReport>, RuntimeError> {
     let grammar = Grammar::embedded();
     let (mut bits, mut bytes) = (0.0, 0);
     for index in 0..SCORED {
@@ -59,8 +83,10 @@ pub fn report(
             .into_iter()
             .chain(encoding.get_ids().iter().copied())
             .chain(config.eos_token_ids.first().copied())
-            .take(config.max_position_embeddings)
             .collect();
+        if ids.len() > config.max_position_embeddings + 1 {
+            return Ok(None);
+        }
         let nats: f64 = infer::eval::score(model, &ids)?.into_iter().map(|log| -f64::from(log)).sum();
         bits += nats / std::f64::consts::LN_2;
         bytes += story.len();
@@ -83,7 +109,7 @@ pub fn report(
     let whole = verdicts.iter().filter(|v| v.story_in_language).count();
     let entropy = grammar.entropy();
     let example = verdicts.iter().position(|v| v.story_in_language).unwrap_or(0);
-    Ok(StoryReport {
+    Ok(Some(StoryReport {
         bits_per_story: bits / SCORED as f64,
         entropy_bits_per_story: entropy.bits_per_story,
         bits_per_byte: bits / bytes as f64,
@@ -92,5 +118,5 @@ pub fn report(
         sentences_in_language: good as f64 / sentences.max(1) as f64,
         stories_in_language: whole as f64 / sampled.max(1) as f64,
         example: stories.into_iter().nth(example).unwrap_or_default(),
-    })
+    }))
 }

@@ -111,14 +111,18 @@ fn a_run_of_the_embedded_corpus_ends_with_a_report_on_it() {
         "data.source=stories",
         "data.train=[]",
         "data.stories_bytes=20000",
-        "data.sequence_length=64",
+        "tokenizer.vocab_size=500",
+        "model.num_hidden_layers=1",
         "train.steps=2",
         "schedule.warmup_steps=1",
     ];
-    let (stdout, _) = done(folder.path(), &train("run", &stories));
-    for part in ["fresh stories: ", "the corpus's entropy is ", "100 sampled stories: ", "next: "] {
+    let long = [&stories[..], &["model.max_position_embeddings=600"]].concat();
+    let (stdout, _) = done(folder.path(), &train("long", &long));
+    for part in ["fresh stories: ", "the corpus's entropy is ", "100 sampled stories: ", "\nnext: "] {
         assert!(stdout.contains(part), "{part}: {stdout}");
     }
+    let (stdout, _) = done(folder.path(), &train("short", &stories));
+    assert!(stdout.contains("the context is too short to judge whole stories"), "{stdout}");
 }
 
 #[test]
@@ -245,7 +249,9 @@ fn two_runs_do_not_share_a_folder() {
 fn resume_does_what_it_is_told() {
     let folder = folder();
     let path = folder.path();
-    let with = |resume: &[&str]| [&["train", "tiny.toml"], resume].concat();
+    fn with<'a>(resume: &[&'a str]) -> Vec<&'a str> {
+        [&["train", "tiny.toml"], resume].concat()
+    }
     for (args, part) in [
         (with(&["--resume", "absent"]), "no run folder, it has no config.toml; absent;"),
         (with(&["--resume", "one", "--out", "two"]), "name two folders"),
@@ -442,7 +448,7 @@ fn bad_settings_are_refused_and_block_nothing() {
     for (set, part) in [
         ("run.threads=0", "`run.threads` = 0 is out of range"),
         ("train.stpes=3", "unknown key `train.stpes`; --set train.stpes=3; did you mean `train.steps`?"),
-        ("modle.hidden_size=16", "did you mean `model.hidden_size`?"),
+        ("modle.hidden_size=16", "unknown key `modle`; --set modle.hidden_size=16; did you mean `model`?"),
         ("train.steps=many", "bad value for `train.steps`"),
         ("train.steps=-1", "bad value for `train.steps`"),
         ("train.steps=0", "`train.steps` = 0 is out of range"),

@@ -48,7 +48,7 @@ fn a_small_text_is_learnt_by_heart() {
                 Some like it hot, some like it cold, some like it in the pot, nine days old. ";
     let folder = folder();
     fs::write(folder.path().join("text.txt"), text.repeat(3)).unwrap();
-    for (quantization, bound) in [("bitnet", 0.25), ("none", 0.1)] {
+    for (quantization, bound) in [("bitnet", 0.1), ("none", 0.05)] {
         let settings = [
             "data.validation=text.txt",
             "tokenizer.vocab_size=270",
@@ -88,8 +88,11 @@ fn a_small_text_is_learnt_by_heart() {
 fn every_variable_moves_in_the_first_two_steps() {
     let folder = folder();
     for lambda in [QuantizationWarmup::None, QuantizationWarmup::Step] {
-        let mut config =
-            config(folder.path(), &format!("{lambda:?}"), &["train.steps=2", "checkpoint.every=1"]);
+        let mut config = config(
+            folder.path(),
+            &format!("{lambda:?}"),
+            &["train.steps=2", "schedule.warmup_steps=0", "checkpoint.every=1"],
+        );
         config.model.tie_word_embeddings = false;
         config.quantization.warmup = lambda;
         let dataset = run(&config).unwrap();
@@ -177,7 +180,8 @@ fn a_run_that_diverges_stops_and_leaves_finite_checkpoints() {
     }
     let skipped: Vec<_> = metrics(&config.run.out).into_iter().filter(|m| m["kind"] == "skipped").collect();
     assert_eq!(skipped.len(), 4);
-    assert!(skipped.iter().all(|m| m["loss"] == "NaN" || m["loss"] == "inf" || m["grad_norm"] != "0"));
+    let finite = |value: &serde_json::Value| value.as_str().unwrap().parse::<f64>().unwrap().is_finite();
+    assert!(skipped.iter().all(|m| !finite(&m["loss"]) || !finite(&m["grad_norm"])), "{skipped:?}");
     let checkpoints = config.run.out.join("checkpoints");
     assert_eq!(names(&checkpoints).len() as u64, step - 1);
     for name in names(&checkpoints) {
@@ -269,7 +273,8 @@ fn a_damaged_export_does_not_pass() {
     let config = config(folder.path(), "run", &["optimizer.learning_rate=1e-2"]);
     let (trained, dataset) = trained(&config);
     let shape = trained.model.config();
-    let name = "model.layers.1.mlp.up_proj.weight";
+    // Not one whose output goes straight into a norm, which takes its scale away again.
+    let name = "model.layers.1.mlp.down_proj.weight";
     let damaged = |name: &str, damage: &dyn Fn(&mut [f32])| {
         let checkpoint = export::checkpoint_of(&config.run.out, Which::Latest).unwrap();
         let other = export::load(&checkpoint, dataset.vocab_size, dataset.separator).unwrap();
@@ -288,20 +293,27 @@ fn a_damaged_export_does_not_pass() {
         let largest = values.iter_mut().max_by(|a, b| a.abs().total_cmp(&b.abs())).unwrap();
         *largest = -*largest;
     });
-    // All codes stay, the scale grows by a hundredth.
-    let scale = damaged(name, &|values| values.iter_mut().for_each(|v| *v *= 1.01));
-    let norm = damaged("model.norm.weight", &|values| values[0] *= 1.01);
+    // All codes stay, the scale grows by a tenth.
+    let scale = damaged(name, &|values| values.iter_mut().for_each(|v| *v *= 1.1));
+    let norm = damaged("model.norm.weight", &|values| values[0] *= 1.1);
     for (what, other) in [("code", code), ("scale", scale), ("norm", norm)] {
         let parity = parity(&other);
         println!("{what}: {parity}");
         assert!(!parity.passes(), "{what}: {parity}");
     }
 
-    // NaN equals nothing, itself included: an export of it is refused, and nothing is left of it.
-    let nan = damaged("model.norm.weight", &|values| values[0] = f32::NAN);
+    // A bad export is refused and nothing is left of it: NaN cannot be written, infinite logits are nothing to sample
+    // from, and of logits of millions the last digits differ by more than is allowed.
     let before = names(&config.run.out);
-    let error = export::export(&nan, &dataset, &config.run.out.join("bad"), false).unwrap_err();
+    let refused = |value: f32| {
+        let bad = damaged("model.norm.weight", &|values| values.fill(value));
+        let error = export::export(&bad, &dataset, &config.run.out.join("bad"), false).unwrap_err();
+        assert_eq!(names(&config.run.out), before);
+        error
+    };
+    assert!(matches!(refused(f32::NAN), ExportError::Runtime(_)));
+    assert!(matches!(refused(f32::MAX), ExportError::Runtime(_)));
+    let error = refused(1e7);
     assert!(matches!(error, ExportError::Disagrees { .. }), "{error}");
     assert!(error.to_string().contains("nothing was exported"), "{error}");
-    assert_eq!(names(&config.run.out), before);
 }

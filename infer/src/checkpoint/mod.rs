@@ -169,8 +169,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
         let _ = fs::remove_file(&temporary);
         return Err(CheckpointError::Io { action: "write", path: path.to_owned(), source });
     }
-    // The rename itself lasts only once the folder is on the disk.
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(io_error("flush", folder))
+    // The rename itself lasts only once the folder is on the disk. Elsewhere than on Unix a folder cannot be opened.
+    if cfg!(unix) {
+        File::open(folder).and_then(|folder| folder.sync_all()).map_err(io_error("flush", folder))?;
+    }
+    Ok(())
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {

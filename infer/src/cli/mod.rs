@@ -22,7 +22,7 @@ const MAX_THREADS: usize = 1024;
 
 /// Runs BitNet b1.58 models on the CPU.
 ///
-/// BITLINEAR_KERNEL=scalar|avx2|avx512vnni|neon forces a kernel; every report names the one that ran.
+/// BITLINEAR_KERNEL=scalar|avx2|avx512vnni|neon|neondot forces a kernel; every report names the one that ran.
 #[derive(Parser)]
 #[command(name = "infer", version)]
 struct Cli {

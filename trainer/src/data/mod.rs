@@ -15,7 +15,7 @@ mod tokens;
 mod windows;
 
 pub use error::DataError;
-pub use source::{DocumentSplit, Width};
+pub use source::{DocumentSplit, Width, is_token_file};
 pub use tokenizer::{END_OF_TEXT, end_of_text_id, token_byte_table, token_bytes, vocabulary_size};
 pub use tokenizer::{load as load_tokenizer, train as train_tokenizer};
 pub use tokens::Tokens;

@@ -55,6 +55,11 @@ pub(super) enum Files {
     Tokens(Vec<(PathBuf, Width)>),
 }
 
+/// Whether a path names a token file, `.u16` or `.u32`.
+pub fn is_token_file(path: &Path) -> bool {
+    matches!(kind(path), Some(Kind::Tokens(_)))
+}
+
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Text,

@@ -67,9 +67,11 @@ impl Windows {
         (inputs, targets)
     }
 
-    /// At most `limit` windows, spread evenly over the split, in order, the same at every call: `i * count / limit`.
+    /// At most `limit` windows (0: all), spread evenly over the split, in order, the same at every call:
+    /// `i * count / limit`.
     pub fn evaluation(&self, limit: u64) -> Vec<u64> {
-        let (count, limit) = (self.count(), limit.min(self.count()));
+        let count = self.count();
+        let limit = if limit == 0 { count } else { limit.min(count) };
         (0..limit).map(|i| (u128::from(i) * u128::from(count) / u128::from(limit)) as u64).collect()
     }
 
@@ -215,7 +217,7 @@ mod tests {
         assert_eq!(windows.evaluation(4), [0, 2, 5, 7]);
         assert_eq!(windows.evaluation(10), (0..10).collect::<Vec<_>>());
         assert_eq!(windows.evaluation(u64::MAX), windows.evaluation(10));
-        assert!(windows.evaluation(0).is_empty());
+        assert_eq!(windows.evaluation(0), windows.evaluation(10));
     }
 
     #[test]

@@ -114,7 +114,7 @@ pub enum TrainError {
     /// Too many steps in a row without a finite loss.
     #[error(
         "{in_a_row} steps in a row had no finite loss or gradient (last: loss {loss}, gradient norm {norm}); step {step}; \
-         the last checkpoint is whole: resume with a lower optimizer.learning_rate in a new --out, or more schedule.warmup_steps"
+         start again in a new --out with a lower optimizer.learning_rate or more schedule.warmup_steps"
     )]
     Diverged {
         /// The step.

@@ -65,8 +65,7 @@ pub fn prepare_data(config: &Config) -> Result<Dataset, TrainError> {
         }
         DataSource::Files => Source::Paths(data.train.clone()),
     };
-    let only_tokens = data.source == DataSource::Files
-        && data.train.iter().all(|path| path.extension().is_some_and(|e| e == "u16" || e == "u32"));
+    let only_tokens = data.source == DataSource::Files && data.train.iter().all(|path| data::is_token_file(path));
     let tokenizer = match &config.tokenizer.file {
         Some(path) => TokenizerChoice::File {
             path: path.clone(),
@@ -127,10 +126,6 @@ impl Session {
         } else {
             None
         };
-        if let Some(json) = &dataset.tokenizer_json {
-            write_atomic(&paths.tokenizer(), json)?;
-        }
-        write_atomic(&paths.config(), config.to_toml()?.as_bytes())?;
         let adamw = AdamWConfig {
             beta1: config.optimizer.beta1,
             beta2: config.optimizer.beta2,
@@ -139,7 +134,7 @@ impl Session {
         let (parameters, optimizer, codes, state) = match &checkpoint {
             Some(checkpoint) => {
                 let state: TrainState = checkpoint.state()?;
-                require_same_data(&state, &dataset, paths.root())?;
+                state.require_same_data(&dataset, paths.root())?;
                 let parameters = Parameters::from_safetensors(&shape, &checkpoint.read(MODEL)?)?;
                 let moments = checkpoint.read(OPTIMIZER)?;
                 let optimizer = AdamW::from_safetensors(adamw, state.updates, &parameters, &moments)?;
@@ -153,6 +148,11 @@ impl Session {
                 (parameters, optimizer, codes, TrainState::new(config.run.seed, &dataset))
             }
         };
+        // Only now that the earlier run, if there is one, is known to be this one.
+        if let Some(json) = &dataset.tokenizer_json {
+            write_atomic(&paths.tokenizer(), json)?;
+        }
+        write_atomic(&paths.config(), config.to_toml()?.as_bytes())?;
         let (metrics, _) = MetricsLog::resume(&paths.metrics(), state.step)?;
         let model = Model::new(shape, config.data.sequence_length);
         let progress = Progress::new("training", state.step, config.train.steps);
@@ -372,8 +372,11 @@ impl Session {
                 top_p: sample.top_p as f32,
                 seed: self.config.run.seed ^ (self.state.step << 16) ^ number as u64,
             };
-            let continued = runtime::continue_text(&model, tokenizer, prompt, Some(sample.tokens), sampling)?;
-            text.push_str(&format!("{prompt}{continued}\n\n"));
+            match runtime::continue_text(&model, tokenizer, prompt, Some(sample.tokens), sampling) {
+                Ok(continued) => text.push_str(&format!("{prompt}{continued}\n\n")),
+                // A prompt that does not fit is no reason to lose a run.
+                Err(error) => self.progress.say(&format!("warning: no sample for prompt {number}: {error}")),
+            }
         }
         write_atomic(
             &self.dir.paths().samples().join(format!("step-{:08}.txt", self.state.step)),
@@ -489,18 +492,6 @@ fn require_same_config(config: &Config, stored: &Path) -> Result<(), TrainError>
     }
     let path = stored.parent().unwrap_or(stored).into();
     Err(TrainError::ConfigChanged { keys: changed.join(", "), path })
-}
-
-/// Refuses to go on with other data.
-fn require_same_data(state: &TrainState, dataset: &Dataset, path: &Path) -> Result<(), TrainError> {
-    let changed = |what| Err(TrainError::DataChanged { what, path: path.into() });
-    if state.tokenizer_hash != dataset.tokenizer_hash {
-        return changed("tokenizer");
-    }
-    if state.dataset_hash != dataset.dataset_hash {
-        return changed("data");
-    }
-    Ok(())
 }
 
 /// Each trainable variable must have a finite gradient that is not zero: candle cuts graphs without an error.

@@ -1,6 +1,9 @@
 //! What a checkpoint holds besides tensors.
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
+use super::TrainError;
 use crate::data::{Dataset, Sampler};
 
 /// The position of a run. Schedules are functions of `step`, and sampled text of the seed and `step`.
@@ -37,6 +40,21 @@ impl TrainState {
             dataset_hash: dataset.dataset_hash.clone(),
             tokenizer_hash: dataset.tokenizer_hash.clone(),
         }
+    }
+
+    /// Refuses data that the run at `path` was not trained on.
+    ///
+    /// # Errors
+    /// [`TrainError::DataChanged`].
+    pub fn require_same_data(&self, dataset: &Dataset, path: &Path) -> Result<(), TrainError> {
+        let changed = |what| Err(TrainError::DataChanged { what, path: path.into() });
+        if self.tokenizer_hash != dataset.tokenizer_hash {
+            return changed("tokenizer");
+        }
+        if self.dataset_hash != dataset.dataset_hash {
+            return changed("data");
+        }
+        Ok(())
     }
 }
 

@@ -29,7 +29,7 @@ fn the_first_stories_do_not_change() {
         hash.update(b"\n");
     }
     // Changes with every edit of the grammar; that it changes unasked would break resumed runs.
-    assert_eq!(&hash.finalize().to_hex()[..16], "bf9c2e9acc77dcbf");
+    assert_eq!(&hash.finalize().to_hex()[..16], "09677e9514a3bf49");
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn hero_pronouns_and_things_stay_the_same() {
         }
         assert_eq!(mentioned(&story, "place").len(), 1, "{story}");
         assert_eq!(mentioned(&story, "animal").len(), 1, "{story}");
-        for name in ["color", "toy", "dish", "skill"] {
+        for name in ["toy", "dish", "skill"] {
             assert!(mentioned(&story, name).len() <= 1, "{name}: {story}");
         }
     }
