@@ -258,7 +258,10 @@ fn finish(config: &Config, dataset: &Dataset) -> anyhow::Result<()> {
         let model = infer::checkpoint::hf::read(&out)?;
         match stories::report(&model, tokenizer, config.data.stories_seed, 100)? {
             Some(judged) => writeln!(text, "{judged}\n")?,
-            None => writeln!(text, "the context is too short to judge whole stories; raise data.sequence_length\n")?,
+            None => writeln!(
+                text,
+                "the context is too short to judge whole stories; raise data.sequence_length\n"
+            )?,
         }
     }
     let prompt = config.sample.prompts.iter().find(|prompt| !prompt.is_empty());

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use infer::checkpoint::hf;
 use infer::generate::{GenerateOptions, generate};
+use infer::model::Projection;
 use infer::sampler::SamplingOptions;
 use infer::{KvCache, Logits};
 use safetensors::SafeTensors;
@@ -87,6 +88,9 @@ pub enum ExportError {
 /// How far the exported model is from the trained one, on held-out text.
 #[derive(Debug, Clone, Serialize)]
 pub struct Parity {
+    /// Whether every projection has the same codes and scale (a full-precision one: the same values). Logits alone would
+    /// hardly show a wrong scale before a norm.
+    pub weights_equal: bool,
     /// Positions compared.
     pub positions: usize,
     /// Largest difference of two logits.
@@ -105,7 +109,8 @@ impl std::fmt::Display for Parity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "max logit difference {:.1e}, KL {:.1e}, top-1 agreement {:.4} over {} positions; {} of {} greedy tokens equal",
+            "weights {}, max logit difference {:.1e}, KL {:.1e}, top-1 agreement {:.4} over {} positions; {} of {} greedy tokens equal",
+            if self.weights_equal { "equal" } else { "NOT EQUAL" },
             self.max_difference,
             self.kl,
             self.top1_agreement,
@@ -120,7 +125,8 @@ impl Parity {
     /// Whether the export is good.
     pub fn passes(&self) -> bool {
         // Written so that NaN fails.
-        self.max_difference <= MAX_LOGIT_DIFFERENCE
+        self.weights_equal
+            && self.max_difference <= MAX_LOGIT_DIFFERENCE
             && self.kl <= MAX_KL
             && self.greedy_equal == self.greedy_tokens
     }
@@ -340,6 +346,7 @@ pub fn compare(trained: &Trained, dataset: &Dataset, model: &infer::Model) -> Re
     }
     let count = positions.max(1) as f64;
     Ok(Parity {
+        weights_equal: same_projections(&runnable(trained.model.config(), &trained.parameters)?, model),
         positions,
         max_difference,
         kl: kl / count,
@@ -347,6 +354,17 @@ pub fn compare(trained: &Trained, dataset: &Dataset, model: &infer::Model) -> Re
         greedy_tokens,
         greedy_equal,
     })
+}
+
+/// Whether all projections of two models are the same.
+fn same_projections(a: &infer::Model, b: &infer::Model) -> bool {
+    let same = |pair: (&Projection, &Projection)| match pair {
+        (Projection::Ternary(a), Projection::Ternary(b)) => a == b,
+        (Projection::Dense(a), Projection::Dense(b)) => a[..] == b[..],
+        _ => false,
+    };
+    let layers = a.weights().layers.iter().zip(&b.weights().layers);
+    layers.into_iter().all(|(a, b)| a.projections().into_iter().zip(b.projections()).all(same))
 }
 
 /// The first of the largest values.
@@ -485,6 +503,7 @@ mod tests {
     #[test]
     fn a_bad_parity_does_not_pass() {
         let good = Parity {
+            weights_equal: true,
             positions: 1,
             max_difference: 1e-3,
             kl: 1e-6,
@@ -496,6 +515,7 @@ mod tests {
         assert!(!Parity { max_difference: f64::NAN, ..good.clone() }.passes());
         assert!(!Parity { max_difference: 2e-3, ..good.clone() }.passes());
         assert!(!Parity { kl: 2e-6, ..good.clone() }.passes());
+        assert!(!Parity { weights_equal: false, ..good.clone() }.passes());
         assert!(!Parity { greedy_equal: 1, ..good }.passes());
     }
 }

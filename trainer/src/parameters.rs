@@ -50,9 +50,7 @@ pub struct Parameters(BTreeMap<String, Parameter>);
 #[derive(Debug, thiserror::Error)]
 pub enum ParameterError {
     /// The file is not a safetensors file.
-    #[error(
-        "the stored parameters cannot be read; checkpoint; a file of it is damaged, use another"
-    )]
+    #[error("the stored parameters cannot be read; checkpoint; a file of it is damaged, use another")]
     Format(#[from] safetensors::SafeTensorError),
     /// A tensor is missing.
     #[error("tensor '{0}' is missing; checkpoint; the file belongs to a model of another shape")]

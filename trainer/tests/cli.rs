@@ -48,7 +48,7 @@ fn training_ends_with_a_proven_export() {
     let (stdout, stderr) = done(path, &train("run", &SHORT));
     for part in [
         "exported to run/export/hf (",
-        "step 4\nproven: max logit difference ",
+        "step 4\nproven: weights equal, max logit difference ",
         "greedy tokens equal\nvalidation loss ",
         "bits per byte\nnext: ",
     ] {

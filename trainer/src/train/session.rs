@@ -65,7 +65,8 @@ pub fn prepare_data(config: &Config) -> Result<Dataset, TrainError> {
         }
         DataSource::Files => Source::Paths(data.train.clone()),
     };
-    let only_tokens = data.source == DataSource::Files && data.train.iter().all(|path| data::is_token_file(path));
+    let only_tokens =
+        data.source == DataSource::Files && data.train.iter().all(|path| data::is_token_file(path));
     let tokenizer = match &config.tokenizer.file {
         Some(path) => TokenizerChoice::File {
             path: path.clone(),
