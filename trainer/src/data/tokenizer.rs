@@ -187,7 +187,7 @@ pub fn token_bytes(tokenizer: &Tokenizer, id: u32) -> usize {
     }
 }
 
-/// [`token_bytes`] of every id: `table[id]`, [vocabulary].
+/// [`token_bytes`] of every id: `table[id]`, one entry for each id of the vocabulary.
 pub fn token_byte_table(tokenizer: &Tokenizer) -> Vec<u32> {
     (0..vocabulary_size(tokenizer) as u32).map(|id| token_bytes(tokenizer, id) as u32).collect()
 }

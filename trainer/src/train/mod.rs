@@ -1,4 +1,4 @@
-//! The training loop: read [`Session::run`] and [`Session::step`], everything else is a helper.
+//! The training loop: read [`Session::run`] and the step it calls, everything else is a helper.
 //!
 //! A session owns what a run changes: parameters, optimizer, position in the data, metrics. All of it goes into a
 //! checkpoint, and everything else is a function of the config and the step, so a run that stops and resumes is bit for
