@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs bitlinear's kernel tests for aarch64 under an emulator: once on a processor with NEON alone, once on one that has
+# Runs bitlinear's tests (without candle) for aarch64 under an emulator: once on a processor with NEON alone, once on one that has
 # the dot product instructions too.
 #
 #   tests/neon.sh           run; where a tool is missing, say which and skip (exit 0; with NEON=required, exit 1)
@@ -57,7 +57,7 @@ tests=(cargo test --quiet --package bitlinear --no-default-features --target "$t
 for run in "cortex-a53:scalar neon" "cortex-a76:scalar neon neondot"; do
     export QEMU_CPU=${run%%:*} BITLINEAR_TEST_KERNELS=${run#*:}
     echo "tests/neon.sh: $QEMU_CPU must run: $BITLINEAR_TEST_KERNELS ($("${RUSTC:-rustc}" --version))"
-    "${tests[@]}" --lib kernels
+    "${tests[@]}" --lib
     "${tests[@]}" --test forced_kernel
 done
 echo "tests/neon.sh: passed"
