@@ -6,7 +6,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use infer::ModelConfig;
 use infer::bench::{self, BenchOptions, Spread};
 use infer::checkpoint::{hf, write_atomic};
 use infer::eval;
@@ -15,6 +14,7 @@ use infer::inspect::Report;
 use infer::model::{KvCache, Logits};
 use infer::sampler::SamplingOptions;
 use infer::tokenizer::Tokenizer;
+use infer::{Model, ModelConfig};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -56,8 +56,17 @@ fn finish(written: io::Result<()>) -> Result<()> {
     written.and_then(|()| io::stdout().flush()).context("cannot write to stdout")
 }
 
+/// Reads a model's folder; tells where the model is if it is a training run's.
+fn read(folder: &Path) -> Result<Model> {
+    let exported = folder.join("export/hf");
+    if !folder.join(hf::CONFIG).exists() && exported.join(hf::CONFIG).exists() {
+        bail!("this is a training run, not a model; {}; use {}", folder.display(), exported.display());
+    }
+    Ok(hf::read(folder)?)
+}
+
 pub fn generate(args: &GenerateArgs, machine: Machine) -> Result<()> {
-    let model = hf::read(&args.model)?;
+    let model = read(&args.model)?;
     let config = model.config();
     let tokenizer = Tokenizer::read(&args.model, config.vocab_size)?;
     let mut prompt = tokenizer.encode(&args.prompt, true)?;
@@ -130,7 +139,7 @@ pub fn generate(args: &GenerateArgs, machine: Machine) -> Result<()> {
 }
 
 pub fn logits(args: &LogitsArgs, machine: Machine) -> Result<()> {
-    let model = hf::read(&args.model)?;
+    let model = read(&args.model)?;
     let mut cache = KvCache::new(&model, args.ids.len())?;
     let logits = model.forward(&args.ids, &mut cache, Logits::All)?;
     let shape = vec![args.ids.len(), model.config().vocab_size];
@@ -143,7 +152,7 @@ pub fn logits(args: &LogitsArgs, machine: Machine) -> Result<()> {
 }
 
 pub fn perplexity(args: &PerplexityArgs, machine: Machine) -> Result<()> {
-    let model = hf::read(&args.model)?;
+    let model = read(&args.model)?;
     let (ids, text_bytes) = read_tokens(&args.data, &args.model, model.config())?;
     let context = args.context.unwrap_or(model.config().max_position_embeddings);
     let start = Instant::now();
@@ -239,7 +248,7 @@ pub fn bench(args: &BenchArgs, machine: Machine) -> Result<()> {
 }
 
 pub fn inspect(args: &InspectArgs, machine: Machine) -> Result<()> {
-    let report = Report::new(&hf::read(&args.model)?);
+    let report = Report::new(&read(&args.model)?);
     if args.common.json {
         let report = serde_json::to_value(&report).context("cannot write the report")?;
         return machine.report(true, report);

@@ -178,7 +178,7 @@ impl Config {
             return Err(conflict(
                 ("schedule.warmup_steps", schedule.warmup_steps),
                 ("train.steps", steps),
-                "warm up for at most as many steps as there are",
+                "set both, and warm up for at most as many steps as there are",
             ));
         }
         Ok(())
