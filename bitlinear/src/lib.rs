@@ -17,5 +17,6 @@ pub mod autograd;
 pub mod kernels;
 pub mod math;
 pub mod packed;
+pub mod pool;
 pub mod quant;
 pub mod simd;

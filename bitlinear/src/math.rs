@@ -22,20 +22,52 @@ fn reduce(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// A stored number that is computed with as f32; every f16 and bf16 value is one.
+pub trait Widen: Copy + Send + Sync {
+    /// The same value as f32.
+    fn widen(self) -> f32;
+}
+
+impl Widen for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Widen for half::bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+impl Widen for half::f16 {
+    /// By plain arithmetic, which vectorises, where the library's own conversion is a call.
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        let bits = u32::from(self.to_bits());
+        // As the f32 with these fields the value is 2^112 times too small, subnormal or not; the product is exact.
+        let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((112 + 127) << 23);
+        let infinite = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+        f32::from_bits(magnitude.to_bits() | infinite | (bits & 0x8000) << 16)
+    }
+}
+
 /// `Σ a_i * b_i`; elements beyond the shorter slice are left out.
 #[inline(always)]
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub fn dot<T: Widen>(a: &[T], b: &[f32]) -> f32 {
     let len = a.len().min(b.len());
     let (a, a_rest) = a[..len].as_chunks::<LANES>();
     let (b, b_rest) = b[..len].as_chunks::<LANES>();
     let mut lanes = [0f32; LANES];
     for (a, b) in a.iter().zip(b) {
         for lane in 0..LANES {
-            lanes[lane] = a[lane].mul_add(b[lane], lanes[lane]);
+            lanes[lane] = a[lane].widen().mul_add(b[lane], lanes[lane]);
         }
     }
     for (lane, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        lanes[lane] = a.mul_add(*b, lanes[lane]);
+        lanes[lane] = a.widen().mul_add(*b, lanes[lane]);
     }
     reduce(lanes)
 }
@@ -58,9 +90,9 @@ pub fn sum(x: &[f32]) -> f32 {
 
 /// `y_i += factor * x_i`
 #[inline(always)]
-pub fn axpy(factor: f32, x: &[f32], y: &mut [f32]) {
+pub fn axpy<T: Widen>(factor: f32, x: &[T], y: &mut [f32]) {
     for (y, x) in y.iter_mut().zip(x) {
-        *y = factor.mul_add(*x, *y);
+        *y = factor.mul_add(x.widen(), *y);
     }
 }
 
@@ -191,6 +223,15 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     }
 }
 
+/// [`rms_norm`] in place.
+#[inline(always)]
+pub fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+    let factor = inverse_rms(x, eps);
+    for (x, w) in x.iter_mut().zip(weight) {
+        *x = w * (*x * factor);
+    }
+}
+
 /// Cosines and sines of the rotary position embedding for positions `0..positions`.
 ///
 /// Half-split form ("NeoX", `rotate_half`): element `i` is paired with `i + head_dim / 2` and turned by the angle
@@ -270,12 +311,56 @@ impl RopeTable {
 /// # Panics
 /// If `keys` is too short.
 #[inline(always)]
-pub fn attention_weights(query: &[f32], keys: &[f32], stride: usize, weights: &mut [f32]) {
+pub fn attention_weights<T: Widen>(query: &[f32], keys: &[T], stride: usize, weights: &mut [f32]) {
     let scale = 1.0 / (query.len() as f32).sqrt();
     for (j, weight) in weights.iter_mut().enumerate() {
-        *weight = dot(query, &keys[j * stride..][..query.len()]) * scale;
+        *weight = dot(&keys[j * stride..][..query.len()], query) * scale;
     }
     softmax(weights);
+}
+
+/// Positions whose keys, then values, serve all heads of [`attention`] while they are in the first-level cache.
+const POSITION_TILE: usize = 32;
+
+/// Attention of some heads that share keys and values, for one position: for each head what [`attention_weights`] and
+/// [`weighted_sum`] give, bit for bit.
+///
+/// # Shapes
+/// `queries [heads, head_dim], weights [heads, positions] (written) -> out [heads, head_dim]`; key `j` is
+/// `keys[j * stride ..][.. head_dim]`, and so for values.
+///
+/// # Panics
+/// If keys or values are too short, or `head_dim` is 0.
+#[inline(always)]
+pub fn attention<T: Widen>(
+    queries: &[f32],
+    head_dim: usize,
+    keys: &[T],
+    values: &[T],
+    stride: usize,
+    weights: &mut [f32],
+    out: &mut [f32],
+) {
+    let positions = weights.len() / (queries.len() / head_dim);
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    for first in (0..positions).step_by(POSITION_TILE) {
+        let tile = first..positions.min(first + POSITION_TILE);
+        for (query, weights) in queries.chunks_exact(head_dim).zip(weights.chunks_exact_mut(positions)) {
+            for (j, weight) in tile.clone().zip(&mut weights[tile.clone()]) {
+                *weight = dot(&keys[j * stride..][..head_dim], query) * scale;
+            }
+        }
+    }
+    for weights in weights.chunks_exact_mut(positions) {
+        softmax(weights);
+    }
+    out.fill(0.0);
+    for first in (0..positions).step_by(POSITION_TILE) {
+        let tile = first..positions.min(first + POSITION_TILE);
+        for (weights, out) in weights.chunks_exact(positions).zip(out.chunks_exact_mut(head_dim)) {
+            add_weighted(&weights[tile.clone()], &values[first * stride..], stride, out);
+        }
+    }
 }
 
 /// `x_i = e^(x_i - max) / Σ e^(x_j - max)`, in place. Returns `ln Σ e^x_j`.
@@ -322,15 +407,31 @@ pub fn cross_entropy(logits: &mut [f32], target: usize) -> f32 {
 /// # Panics
 /// If `rows` is too short.
 #[inline(always)]
-pub fn weighted_sum(weights: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+pub fn weighted_sum<T: Widen>(weights: &[f32], rows: &[T], stride: usize, out: &mut [f32]) {
+    out.fill(0.0);
+    add_weighted(weights, rows, stride, out);
+}
+
+/// `out += Σ_j weights_j * rows_j`, one `j` after the other.
+#[inline(always)]
+fn add_weighted<T: Widen>(weights: &[f32], rows: &[T], stride: usize, out: &mut [f32]) {
     // 64 elements at a time stay in registers while all rows pass.
-    for (chunk, out) in out.chunks_mut(64).enumerate() {
-        let mut acc = [0f32; 64];
-        let acc = &mut acc[..out.len()];
+    let (whole, rest) = out.as_chunks_mut::<64>();
+    for (chunk, out) in whole.iter_mut().enumerate() {
+        let mut acc = *out;
         for (j, weight) in weights.iter().enumerate() {
-            axpy(*weight, &rows[j * stride + chunk * 64..][..acc.len()], acc);
+            let row = &rows[j * stride + chunk * 64..][..64];
+            for lane in 0..64 {
+                acc[lane] = weight.mul_add(row[lane].widen(), acc[lane]);
+            }
         }
-        out.copy_from_slice(acc);
+        *out = acc;
+    }
+    if !rest.is_empty() {
+        let first = whole.len() * 64;
+        for (j, weight) in weights.iter().enumerate() {
+            axpy(*weight, &rows[j * stride + first..][..rest.len()], rest);
+        }
     }
 }
 
@@ -366,6 +467,15 @@ mod tests {
     }
 
     #[test]
+    fn halves_widen_exactly() {
+        for bits in 0..=u16::MAX {
+            let (f16, bf16) = (half::f16::from_bits(bits), half::bf16::from_bits(bits));
+            let same = |a: f32, b: f32| if b.is_nan() { a.is_nan() } else { a.to_bits() == b.to_bits() };
+            assert!(same(f16.widen(), f16.to_f32()) && same(bf16.widen(), bf16.to_f32()), "{bits:04x}");
+        }
+    }
+
+    #[test]
     fn every_instruction_set_gives_the_same_bits() {
         let x: Vec<f32> = (0..777).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
         let keys: Vec<f32> = (0..50 * 96).map(|i| (i as f32 * 0.11).cos()).collect();
@@ -387,6 +497,24 @@ mod tests {
         }
         println!("level {:?} against the baseline", crate::simd::level());
         assert_eq!(fastest(&x, &keys), work(&x, &keys));
+    }
+
+    #[test]
+    fn heads_together_give_the_bits_of_each_alone() {
+        for (heads, head_dim, positions) in [(1, 8, 1), (3, 80, 33), (4, 128, 100)] {
+            let stride = head_dim + 3;
+            let wave = |len: usize, f: f32| (0..len).map(|i| (i as f32 * f).sin()).collect::<Vec<f32>>();
+            let (queries, keys) = (wave(heads * head_dim, 0.7), wave(positions * stride, 0.3));
+            let values = wave(positions * stride, 0.9);
+            let (mut weights, mut out) = (vec![9.0; heads * positions], vec![9.0; heads * head_dim]);
+            attention(&queries, head_dim, &keys, &values, stride, &mut weights, &mut out);
+            for (head, out) in out.chunks_exact(head_dim).enumerate() {
+                let (mut weights, mut alone) = (vec![0.0; positions], vec![0.0; head_dim]);
+                attention_weights(&queries[head * head_dim..][..head_dim], &keys, stride, &mut weights);
+                weighted_sum(&weights, &values, stride, &mut alone);
+                assert_eq!(out, alone);
+            }
+        }
     }
 
     #[test]

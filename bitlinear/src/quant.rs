@@ -65,7 +65,7 @@ pub fn ternary(weight: f32, inv_scale: f32) -> f32 {
 
 /// The largest magnitude of a token's activations, at least [`EPS`]. NaN wins over every number, so it is not lost.
 #[inline(always)]
-fn absmax(row: &[f32]) -> f32 {
+pub(crate) fn absmax(row: &[f32]) -> f32 {
     // The bits of |x| order as |x| does, with NaN above infinity; and an integer maximum vectorises without care for order.
     let bits = row.iter().fold(0u32, |max, x| max.max(x.to_bits() & 0x7fff_ffff));
     let max = f32::from_bits(bits);

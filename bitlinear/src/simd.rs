@@ -31,7 +31,8 @@ pub fn level() -> Level {
     Level::Baseline
 }
 
-/// Defines a function whose body is compiled for each [`Level`](crate::simd::Level) and dispatched at each call.
+/// Defines a function whose body is compiled for each [`Level`](crate::simd::Level) and dispatched at each call; it may be
+/// generic over one type.
 ///
 /// The arithmetic is the same on every level, so the result is too; call it once for a whole row or block, not for a value.
 ///
@@ -46,17 +47,17 @@ pub fn level() -> Level {
 /// ```
 #[macro_export]
 macro_rules! simd_fn {
-    ($(#[$meta:meta])* $visibility:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
+    ($(#[$meta:meta])* $visibility:vis fn $name:ident $(<$generic:ident: $bound:path>)? ($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
-        $visibility fn $name($($argument: $type),*) $(-> $result)? {
+        $visibility fn $name $(<$generic: $bound>)? ($($argument: $type),*) $(-> $result)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-            fn avx512($($argument: $type),*) $(-> $result)? $body
+            fn avx512 $(<$generic: $bound>)? ($($argument: $type),*) $(-> $result)? $body
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
-            fn avx2($($argument: $type),*) $(-> $result)? $body
-            fn baseline($($argument: $type),*) $(-> $result)? $body
+            fn avx2 $(<$generic: $bound>)? ($($argument: $type),*) $(-> $result)? $body
+            fn baseline $(<$generic: $bound>)? ($($argument: $type),*) $(-> $result)? $body
             match $crate::simd::level() {
                 // SAFETY: `level` found these instructions on this processor.
                 #[cfg(target_arch = "x86_64")]

@@ -3,7 +3,7 @@
 use bitlinear::{math, simd_fn};
 use rayon::prelude::*;
 
-use crate::model::{KvCache, Model, ModelError};
+use crate::model::{KvCache, KvPrecision, Model, ModelError};
 
 /// Tokens whose logits are in memory at once.
 const ROWS: usize = 16;
@@ -55,17 +55,21 @@ impl Evaluation {
 /// # Errors
 /// An id is not in the vocabulary, or there are more than `max_position_embeddings + 1`.
 pub fn score(model: &Model, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
+    score_with(model, ids, KvPrecision::F32)
+}
+
+fn score_with(model: &Model, ids: &[u32], kv: KvPrecision) -> Result<Vec<f32>, ModelError> {
     let Some((last, inputs)) = ids.split_last() else { return Ok(Vec::new()) };
     let vocab_size = model.config().vocab_size;
     if *last as usize >= vocab_size {
         return Err(ModelError::Token { id: *last, position: inputs.len(), vocab_size });
     }
-    let mut cache = KvCache::new(model, inputs.len())?;
+    let mut cache = KvCache::with_precision(model, inputs.len(), kv)?;
     let hidden = model.hidden(inputs, &mut cache)?;
     let mut scores = vec![0.0; inputs.len()];
     let tiles = hidden.chunks(ROWS * model.config().hidden_size).zip(ids[1..].chunks(ROWS));
     for ((hidden, targets), scores) in tiles.zip(scores.chunks_mut(ROWS)) {
-        let logits = model.logits(hidden);
+        let logits = model.logits(hidden)?;
         let rows = logits.par_chunks_exact(vocab_size).zip(targets);
         rows.zip(scores)
             .for_each(|((row, target), score)| *score = log_probability(row, *target as usize) as f32);
@@ -98,7 +102,12 @@ simd_fn! {
 ///
 /// # Errors
 /// There are fewer than two tokens, the context is 0, or an id is not in the vocabulary.
-pub fn perplexity(model: &Model, ids: &[u32], context: usize) -> Result<Evaluation, EvalError> {
+pub fn perplexity(
+    model: &Model,
+    ids: &[u32],
+    context: usize,
+    kv: KvPrecision,
+) -> Result<Evaluation, EvalError> {
     if ids.len() < 2 {
         return Err(EvalError::TooShort(ids.len()));
     }
@@ -109,7 +118,7 @@ pub fn perplexity(model: &Model, ids: &[u32], context: usize) -> Result<Evaluati
     let windows = (ids.len() - 1) / context;
     let mut sum = 0f64;
     for window in 0..windows {
-        let scores = score(model, &ids[window * context..][..context + 1])?;
+        let scores = score_with(model, &ids[window * context..][..context + 1], kv)?;
         sum -= scores.iter().map(|s| f64::from(*s)).sum::<f64>();
     }
     let tokens = windows * context;

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use crate::model::{KvCache, Logits, Model, ModelError};
+use crate::model::{KvCache, KvPrecision, Logits, Model, ModelError};
 use crate::sampler::{SampleError, Sampler, SamplingOptions};
 
 /// Why a text cannot be continued.
@@ -40,6 +40,8 @@ pub struct GenerateOptions {
     pub max_new_tokens: Option<usize>,
     /// How tokens are chosen.
     pub sampling: SamplingOptions,
+    /// How keys and values are stored.
+    pub kv: KvPrecision,
     /// Tokens that end the text; usually the config's `eos_token_ids`.
     pub stop_ids: Vec<u32>,
 }
@@ -99,7 +101,7 @@ pub fn generate(
         return Err(GenerateError::Context { asked: limit, prompt: prompt.len(), context });
     }
     let mut sampler = Sampler::new(options.sampling)?;
-    let mut cache = KvCache::new(model, prompt.len() + limit)?;
+    let mut cache = KvCache::with_precision(model, prompt.len() + limit, options.kv)?;
     let start = Instant::now();
     let mut logits = model.forward(prompt, &mut cache, Logits::Last)?;
     let prefill = start.elapsed();

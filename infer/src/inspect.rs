@@ -3,7 +3,6 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::bench::bytes_per_token;
 use crate::model::{Model, Projection};
 
 /// A model's sizes and projections.
@@ -58,7 +57,7 @@ impl Report {
         Self {
             config: model.config().to_json(),
             parameters: model.config().parameters(),
-            bytes_per_token: bytes_per_token(model),
+            bytes_per_token: model.bytes_per_token(),
             projections: projections.collect(),
         }
     }

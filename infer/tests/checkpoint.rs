@@ -10,7 +10,7 @@ use std::path::Path;
 use common::{bits, config, ids, latents, model, variants};
 use infer::checkpoint::{CheckpointError, hf, write_atomic};
 use infer::generate::{GenerateOptions, generate};
-use infer::model::Projection;
+use infer::model::{KvPrecision, Projection};
 use infer::sampler::SamplingOptions;
 use infer::tokenizer::Tokenizer;
 use infer::{KvCache, Logits, Model, ModelConfig};
@@ -386,7 +386,8 @@ fn missing_files_are_named() {
 fn survives(folder: &Path) -> bool {
     let Ok(model) = hf::read(folder) else { return false };
     let sampling = SamplingOptions { temperature: 1.0, top_k: 5, top_p: 0.9, seed: 1 };
-    let options = GenerateOptions { max_new_tokens: Some(3), sampling, stop_ids: vec![] };
+    let options =
+        GenerateOptions { max_new_tokens: Some(3), sampling, kv: KvPrecision::F32, stop_ids: vec![] };
     generate(&model, &[2, 3], &options, &mut |_| ControlFlow::Continue(())).is_ok()
 }
 

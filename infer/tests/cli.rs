@@ -11,6 +11,7 @@ use std::process::{Command, Output, Stdio};
 use common::{bits, config, model, write_tokenizer};
 use infer::checkpoint::hf;
 use infer::generate::{GenerateOptions, generate};
+use infer::model::KvPrecision;
 use infer::sampler::SamplingOptions;
 use infer::tokenizer::Tokenizer;
 use infer::{KvCache, Logits, ModelConfig, eval};
@@ -70,6 +71,7 @@ fn generate_streams_what_the_library_generates() {
     let options = GenerateOptions {
         max_new_tokens: Some(12),
         sampling: SamplingOptions { temperature: 0.8, top_k: 20, top_p: 0.9, seed: 5 },
+        kv: KvPrecision::F32,
         stop_ids: vec![1],
     };
     let prompt = tokenizer.encode("the cat", true).unwrap();
@@ -124,6 +126,67 @@ fn logits_are_those_of_the_library() {
     assert_eq!(bits(&values), bits(&model.forward(&[1, 2, 3], &mut cache, Logits::All).unwrap()));
 }
 
+/// What a model gives does not depend on how it is computed: every kernel, layout and number of threads, to the last bit.
+#[test]
+fn kernel_layout_and_threads_change_no_bit() {
+    let folder = folder();
+    let ids = (0..40).map(|i| (i * 37 % 300).to_string()).collect::<Vec<_>>().join(",");
+    let with = |kernel: &str, layout: &str, threads: &str| {
+        let run = |args: &[&str]| {
+            let output = Command::new(env!("CARGO_BIN_EXE_infer"))
+                .args([args, &["--layout", layout, "--threads", threads, "--json"]].concat())
+                .env("BITLINEAR_KERNEL", kernel)
+                .current_dir(folder.path())
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{kernel}: {}", text(&output.stderr));
+            let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+            assert_eq!(report["kernel"].as_str(), Some(kernel));
+            report
+        };
+        run(&["logits", "model", "--ids", &ids, "--out", "out.safetensors"]);
+        let greedy = run(&["generate", "model", "--prompt", "the cat", "--temperature", "0", "-n", "30"]);
+        fs::write(folder.path().join("a.txt"), "the dog ran until the cat sat. ".repeat(9)).unwrap();
+        let loss = run(&["perplexity", "model", "--data", "a.txt"]);
+        let logits = fs::read(folder.path().join("out.safetensors")).unwrap();
+        (logits, greedy["ids"].clone(), loss["loss"].clone())
+    };
+    let expected = with("scalar", "2bit", "1");
+    for kernel in bitlinear::kernels::Kernel::available() {
+        for layout in ["2bit", "1.6bit"] {
+            for threads in ["1", "3"] {
+                let same = with(kernel.name(), layout, threads) == expected;
+                assert!(same, "{} {layout} {threads}", kernel.name());
+            }
+        }
+        println!("the same bits as scalar: {}", kernel.name());
+    }
+}
+
+#[test]
+fn a_rounded_head_or_cache_is_asked_for_by_name() {
+    let folder = folder();
+    fs::write(folder.path().join("a.txt"), "the dog ran until the cat sat. ".repeat(9)).unwrap();
+    let loss = |options: &[&str]| {
+        report(folder.path(), &[&["perplexity", "model", "--data", "a.txt", "--json"], options].concat())["loss"]
+            .as_f64()
+            .unwrap()
+    };
+    let exact = loss(&[]);
+    for options in [["--head", "int8"], ["--kv", "f16"]] {
+        let rounded = loss(&options);
+        assert!(
+            rounded != exact && (rounded - exact).abs() < 0.003 * exact,
+            "{options:?}: {rounded} {exact}"
+        );
+    }
+    for wrong in [["--head", "int4"], ["--kv", "f8"], ["--layout", "3bit"]] {
+        let error =
+            refused(folder.path(), &[&["perplexity", "model", "--data", "a.txt"][..], &wrong].concat());
+        assert!(error.contains(wrong[1]) && error.contains("possible values"), "{error}");
+    }
+}
+
 #[test]
 fn perplexity_of_text_and_of_ids_agree() {
     let folder = folder();
@@ -138,7 +201,7 @@ fn perplexity_of_text_and_of_ids_agree() {
     .unwrap();
     fs::write(folder.path().join("a.u32"), ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>())
         .unwrap();
-    let expected = eval::perplexity(&hf::read(&path).unwrap(), &ids, 32).unwrap();
+    let expected = eval::perplexity(&hf::read(&path).unwrap(), &ids, 32, KvPrecision::F32).unwrap();
     for name in ["a.txt", "a.u16", "a.u32"] {
         let report =
             report(folder.path(), &["perplexity", "model", "--data", name, "--context", "32", "--json"]);
@@ -165,8 +228,29 @@ fn bench_measures_a_model_or_a_shape() {
         let [min, median, max] = ["min", "median", "max"].map(|key| speed[key].as_f64().unwrap());
         assert!(0.0 < min && min <= median && median <= max, "{speed}");
         assert_eq!(report["threads"].as_u64(), Some(2));
-        assert!(report["bytes_per_token"].as_u64().unwrap() > 300 * 32 * 4);
+        assert!(report["bytes_per_token"].as_u64().unwrap() > 300 * 32 * 2);
+        for key in ["read_bandwidth", "bandwidth_share", "gigabytes_per_second", "gigaoperations_per_second"]
+        {
+            assert!(report[key].as_f64().unwrap() > 0.0, "{key}");
+        }
+        let parts = report["gen_seconds_per_token"].as_object().unwrap();
+        assert!(parts.len() == 8 && parts["head"].as_f64().unwrap() > 0.0, "{parts:?}");
+        assert_eq!(report["by_bandwidth"][1]["gigabytes_per_second"].as_f64(), Some(800.0));
+        // Without a layout both are tried, and the report is the faster one's.
+        let layouts = report["layouts"].as_array().unwrap();
+        let best = layouts.iter().find(|row| row["layout"] == report["layout"]).unwrap();
+        assert!(
+            layouts.len() == 2
+                && layouts.iter().all(|row| row["gen_tokens_per_second"].as_f64().unwrap() <= median)
+        );
+        assert_eq!(best["gen_tokens_per_second"].as_f64(), Some(median));
     }
+    let one = report(
+        folder.path(),
+        &[&["bench", "model", "--layout", "1.6bit", "--head", "int8"][..], &options].concat(),
+    );
+    assert_eq!((one["layout"].as_str(), one["head"].as_str()), (Some("1.6bit"), Some("int8")));
+    assert!(one["layouts"].is_null());
     // The defaults fit a context of 96.
     assert!(done(folder.path(), &["bench", "model", "--repetitions", "1"]).contains("GB/s"));
 }

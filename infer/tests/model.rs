@@ -3,11 +3,14 @@
 mod common;
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use bitlinear::math::Activation;
+use bitlinear::packed::Layout;
+use bitlinear::pool::Pool;
 use common::{bits, config, ids, model, variants};
 use infer::generate::{GenerateError, GenerateOptions, Stop, generate};
-use infer::model::{F32Data, Projection, Weights};
+use infer::model::{F32Data, KvPrecision, Part, Projection, Table, Weights};
 use infer::sampler::{SamplingOptions, argmax};
 use infer::{KvCache, Logits, Model, ModelConfig, ModelError, bench, eval};
 
@@ -76,9 +79,10 @@ mod oracle {
     pub fn logits(model: &Model, ids: &[u32]) -> Rows {
         let (config, weights) = (model.config(), model.weights());
         let (hidden, width) = (config.hidden_size, config.intermediate_size);
+        let table = weights.embed_tokens.to_f32();
         let embed =
-            |id: &u32| weights.embed_tokens[*id as usize * hidden..][..hidden].iter().map(|x| f64::from(*x));
-        let mut x: Rows = ids.iter().map(|id| embed(id).collect()).collect();
+            |id: &u32| table[*id as usize * hidden..][..hidden].iter().map(|x| f64::from(*x)).collect();
+        let mut x: Rows = ids.iter().map(embed).collect();
         for layer in &weights.layers {
             let (mut keys, mut values): (Rows, Rows) = (vec![], vec![]);
             for (position, x) in x.iter_mut().enumerate() {
@@ -110,7 +114,7 @@ mod oracle {
                 x.iter_mut().zip(out).for_each(|(x, y)| *x += y);
             }
         }
-        let head: Vec<f64> = model.head().iter().map(|w| f64::from(*w)).collect();
+        let head: Vec<f64> = model.head().to_f32().into_iter().map(f64::from).collect();
         let last = |x: &Vec<f64>| {
             product(head.clone(), &norm(x, &weights.norm, config.rms_norm_eps), config.vocab_size)
         };
@@ -218,8 +222,7 @@ fn the_number_of_threads_changes_no_bit() {
         let model = model(&config, 6);
         let ids = ids(&config, 270, 6);
         let with = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| {
+            Arc::new(Pool::new(threads).unwrap()).install(|| {
                 let mut cache = KvCache::new(&model, 300).unwrap();
                 let mut logits = model.forward(&ids, &mut cache, Logits::All).unwrap();
                 logits.extend(model.forward(&ids[..1], &mut cache, Logits::Last).unwrap());
@@ -280,7 +283,7 @@ fn weights_that_do_not_fit_are_named() {
 }
 
 fn greedy(max_new_tokens: Option<usize>, stop_ids: Vec<u32>) -> GenerateOptions {
-    GenerateOptions { max_new_tokens, sampling: SamplingOptions::GREEDY, stop_ids }
+    GenerateOptions { max_new_tokens, sampling: SamplingOptions::GREEDY, kv: KvPrecision::F32, stop_ids }
 }
 
 #[test]
@@ -355,28 +358,137 @@ fn perplexity_is_over_whole_windows() {
         let scores: Vec<f32> = windows.iter().flat_map(|w| eval::score(&model, w).unwrap()).collect();
         -scores.iter().map(|s| f64::from(*s)).sum::<f64>() / scores.len() as f64
     };
-    let result = eval::perplexity(&model, &ids, 40).unwrap();
+    let result = eval::perplexity(&model, &ids, 40, KvPrecision::F32).unwrap();
     assert_eq!((result.tokens, result.context), (80, 40));
     assert!((result.loss - loss_of(&[&ids[0..41], &ids[40..81]])).abs() < 1e-12);
-    let short = eval::perplexity(&model, &ids[..30], 40).unwrap();
+    let short = eval::perplexity(&model, &ids[..30], 40, KvPrecision::F32).unwrap();
     assert_eq!((short.tokens, short.context), (29, 29));
     assert!((short.loss - loss_of(&[&ids[..30]])).abs() < 1e-12);
     // Beyond the model's own context it is cut to that.
-    assert_eq!(eval::perplexity(&model, &ids, 1000).unwrap().context, 96);
-    assert!(eval::perplexity(&model, &ids[..1], 40).is_err());
-    assert!(eval::perplexity(&model, &ids, 0).is_err());
+    assert_eq!(eval::perplexity(&model, &ids, 1000, KvPrecision::F32).unwrap().context, 96);
+    assert!(eval::perplexity(&model, &ids[..1], 40, KvPrecision::F32).is_err());
+    assert!(eval::perplexity(&model, &ids, 0, KvPrecision::F32).is_err());
+}
+
+#[test]
+fn the_layout_changes_no_bit() {
+    for (seed, config) in variants().into_iter().filter(|config| config.quantized).enumerate() {
+        let model = model(&config, seed as u64);
+        let ids = ids(&config, 24, seed as u64);
+        let expected = forward(&model, &ids);
+        assert_eq!(model.layout(), Some(Layout::TwoBit));
+        let small = model.with_layout(Layout::FiveTrit);
+        assert_eq!(small.layout(), Some(Layout::FiveTrit));
+        assert_eq!(bits(&forward(&small, &ids)), bits(&expected));
+    }
+}
+
+/// Logits of a model with something rounded differ, and not by much: relative to their spread, root mean square.
+fn distance(rounded: &[f32], exact: &[f32]) -> f64 {
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let error: f64 = rounded.iter().zip(exact).map(|(a, b)| square(a - b)).sum();
+    (error / exact.iter().map(|x| square(*x)).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn an_int8_head_is_close_to_the_exact_one() {
+    for tie_word_embeddings in [true, false] {
+        let config = ModelConfig { tie_word_embeddings, ..config() };
+        let model = model(&config, 21);
+        let ids = ids(&config, 24, 21);
+        let exact = forward(&model, &ids);
+        assert_eq!(model.head_precision(), "f32");
+        let bytes = model.bytes_per_token();
+        let model = model.with_int8_head().unwrap();
+        assert_eq!(model.head_precision(), "int8");
+        // 300 rows of 32 columns: 19 panels of 16 rows, and a scale a row.
+        assert_eq!(model.bytes_per_token(), bytes - 300 * 32 * 4 + 19 * 16 * 32 + 300 * 4);
+        let rounded = forward(&model, &ids);
+        let distance = distance(&rounded, &exact);
+        assert!(distance > 0.0 && distance < 0.01, "{distance}");
+        // Together or alone, a token has the same logits.
+        let mut cache = KvCache::new(&model, 24).unwrap();
+        let single: Vec<f32> =
+            ids.iter().flat_map(|id| model.forward(&[*id], &mut cache, Logits::Last).unwrap()).collect();
+        assert_eq!(bits(&single), bits(&rounded));
+    }
+}
+
+#[test]
+fn a_cache_of_f16_is_close_to_the_exact_one() {
+    let config = ModelConfig { quantized: false, ..config() };
+    let model = model(&config, 22);
+    let ids = ids(&config, 60, 22);
+    let exact = forward(&model, &ids);
+    let mut cache = KvCache::with_precision(&model, 60, KvPrecision::F16).unwrap();
+    let rounded = model.forward(&ids, &mut cache, Logits::All).unwrap();
+    let distance = distance(&rounded, &exact);
+    assert!(distance > 0.0 && distance < 2e-3, "{distance}");
+    cache.truncate(10);
+    let again = model.forward(&ids[10..], &mut cache, Logits::All).unwrap();
+    assert_eq!(bits(&again), bits(&rounded[10 * config.vocab_size..]));
+}
+
+#[test]
+fn tables_of_halves_are_the_f32_tables_with_their_values() {
+    let config = ModelConfig { tie_word_embeddings: false, ..config() };
+    let right = model(&config, 23);
+    let ids = ids(&config, 20, 23);
+    /// Some values rounded, as f32 and as halves.
+    type Split = fn(&[f32]) -> (Table, Table);
+    let halves: [Split; 2] = [
+        |values| {
+            let halves: Vec<half::bf16> = values.iter().map(|x| half::bf16::from_f32(*x)).collect();
+            (Table::from(halves.iter().map(|x| x.to_f32()).collect::<Vec<f32>>()), Table::Bf16(halves.into()))
+        },
+        |values| {
+            let halves: Vec<half::f16> = values.iter().map(|x| half::f16::from_f32(*x)).collect();
+            (Table::from(halves.iter().map(|x| x.to_f32()).collect::<Vec<f32>>()), Table::F16(halves.into()))
+        },
+    ];
+    for split in halves {
+        let (embed, embed_half) = split(&right.weights().embed_tokens.to_f32());
+        let (head, head_half) = split(&right.head().to_f32());
+        let with = |embed_tokens, head| {
+            let weights = Weights { embed_tokens, lm_head: Some(head), ..right.weights().clone() };
+            forward(&Model::new(config.clone(), weights).unwrap(), &ids)
+        };
+        assert_eq!(bits(&with(embed, head)), bits(&with(embed_half, head_half)));
+    }
 }
 
 #[test]
 fn a_random_model_of_a_shape_can_be_measured() {
     let config = ModelConfig { quantized: false, tie_word_embeddings: false, ..config() };
-    let model = bench::random_model(&config, 1).unwrap();
-    let options = bench::BenchOptions { prompt_tokens: 8, gen_tokens: 4, repetitions: 2 };
-    let report = bench::bench(&model, &options).unwrap();
-    assert!(report.prompt.min > 0.0 && report.prompt.min <= report.prompt.median);
-    // Packed rows of 32 and 44 columns take a block of 32 bytes each; norms 32, 32, 32, 44; the last norm; the head.
-    let rows = 32 + 16 + 16 + 32 + 44 + 44 + 32;
-    assert_eq!(report.bytes_per_token, 2 * (rows * 32 + 4 * (32 * 3 + 44)) + 4 * 32 + 4 * 300 * 32);
+    let options =
+        bench::BenchOptions { prompt_tokens: 8, gen_tokens: 4, repetitions: 2, kv: KvPrecision::F16 };
+    for layout in Layout::ALL {
+        let model = bench::random_model(&config, 1, layout).unwrap();
+        assert_eq!(model.layout(), Some(layout));
+        let report = bench::bench(&model, &options).unwrap();
+        assert!(report.prompt.min > 0.0 && report.prompt.min <= report.prompt.median);
+        assert!(report.read_bandwidth > 0.0 && report.bandwidth_share() > 0.0);
+        // Rows in panels of 16, columns in lines of 16 or 20; norms 32, 32, 32, 44; the last norm; the head in bf16.
+        let panels = [32, 16, 16, 32, 48, 48].iter().sum::<usize>() / 16;
+        let line_bytes = 64 * (panels * layout.lines(32) + 2 * layout.lines(44));
+        assert_eq!(report.bytes_per_token, 2 * (line_bytes + 4 * (32 * 3 + 44)) + 4 * 32 + 2 * 300 * 32);
+        assert_eq!(report.operations_per_token, 2 * 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 44 * 32));
+        let named = |parts: &[(Part, f64)]| parts.iter().map(|(part, _)| *part).collect::<Vec<_>>();
+        assert_eq!(named(&report.prompt_parts), Part::ALL);
+        assert!(report.generation_parts.iter().all(|(_, seconds)| *seconds > 0.0));
+    }
+    let model = bench::random_model(&config, 1, Layout::TwoBit).unwrap();
+    let codes = |model: &Model| match &model.weights().layers[1].up_proj {
+        Projection::Ternary(weight) => weight.unpack(),
+        Projection::Dense(_) => panic!("a dense projection"),
+    };
+    // All three codes about equally often, the same for the same seed.
+    for code in [-1, 0, 1] {
+        let share = codes(&model).iter().filter(|c| **c == code).count() as f64 / (44.0 * 32.0);
+        assert!((0.28..0.39).contains(&share), "{code}: {share}");
+    }
+    assert_eq!(codes(&model), codes(&bench::random_model(&config, 1, Layout::FiveTrit).unwrap()));
+    assert_ne!(codes(&model), codes(&bench::random_model(&config, 2, Layout::TwoBit).unwrap()));
     for zero in [
         bench::BenchOptions { prompt_tokens: 0, ..options },
         bench::BenchOptions { gen_tokens: 0, ..options },
@@ -387,5 +499,5 @@ fn a_random_model_of_a_shape_can_be_measured() {
     let long = bench::BenchOptions { prompt_tokens: usize::MAX, ..options };
     assert!(matches!(bench::bench(&model, &long), Err(bench::BenchError::Model(_))));
     let huge = ModelConfig { num_hidden_layers: 60_000, intermediate_size: 10_000_000, ..config };
-    assert!(bench::random_model(&huge, 1).is_err());
+    assert!(bench::random_model(&huge, 1, Layout::FiveTrit).is_err());
 }

@@ -344,7 +344,12 @@ fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     let dataset = data::prepare(&settings, &|_, _| {})?;
     let tokens = dataset.validation.tokens();
     let ids = tokens.get(0..tokens.len());
-    let evaluation = infer::eval::perplexity(&model, &ids, model.config().max_position_embeddings)?;
+    let evaluation = infer::eval::perplexity(
+        &model,
+        &ids,
+        model.config().max_position_embeddings,
+        infer::model::KvPrecision::F32,
+    )?;
     let bits = metrics::bits_per_byte(evaluation.loss, ids.len() as u64, dataset.validation_bytes);
     let kernel = bitlinear::kernels::Kernel::active()?.name();
     if args.json {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use infer::checkpoint::hf;
 use infer::generate::{GenerateOptions, generate};
-use infer::model::Projection;
+use infer::model::{KvPrecision, Projection};
 use infer::sampler::SamplingOptions;
 use infer::{KvCache, Logits};
 use safetensors::SafeTensors;
@@ -331,6 +331,7 @@ pub fn compare(trained: &Trained, dataset: &Dataset, model: &infer::Model) -> Re
         let options = GenerateOptions {
             max_new_tokens: Some(model.config().max_position_embeddings - prompt.len()),
             sampling: SamplingOptions::GREEDY,
+            kv: KvPrecision::F32,
             stop_ids: Vec::new(),
         };
         let generated = generate(model, prompt, &options, &mut |_| ControlFlow::Continue(()))

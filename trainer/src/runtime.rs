@@ -4,7 +4,7 @@ use bitlinear::packed::{PackError, TernaryWeight};
 use infer::checkpoint::CheckpointError;
 use infer::config::ModelConfig;
 use infer::generate::{GenerateError, GenerateOptions, generate};
-use infer::model::{F32Data, Layer, ModelError, Projection, Weights};
+use infer::model::{F32Data, KvPrecision, Layer, ModelError, Projection, Weights};
 use infer::sampler::SamplingOptions;
 use std::ops::ControlFlow;
 
@@ -120,10 +120,10 @@ pub fn runnable(config: &ModelConfig, parameters: &Parameters) -> Result<infer::
         });
     }
     let weights = Weights {
-        embed_tokens: vector("model.embed_tokens")?,
+        embed_tokens: vector("model.embed_tokens")?.into(),
         layers,
         norm: vector("model.norm")?,
-        lm_head: if config.tie_word_embeddings { None } else { Some(vector("lm_head")?) },
+        lm_head: if config.tie_word_embeddings { None } else { Some(vector("lm_head")?.into()) },
     };
     Ok(infer::Model::new(config.clone(), weights)?)
 }
@@ -153,6 +153,7 @@ pub fn continue_text(
     let options = GenerateOptions {
         max_new_tokens: tokens.map(|tokens| tokens.min(room)),
         sampling,
+        kv: KvPrecision::F32,
         stop_ids: model.config().eos_token_ids.clone(),
     };
     let generation = generate(model, &ids, &options, &mut |_| ControlFlow::Continue(()))?;

@@ -1,13 +1,27 @@
-//! aarch64, twice: baseline NEON multiplies int8 into int16 (`smlal`) and widens now and then; where the processor has
-//! the dot product extension (`sdot`, in most since 2018), four products go straight into an int32 lane.
+//! aarch64, twice: baseline NEON multiplies int8 into int16 lanes (`smlal`), which are widened to int32 before they could
+//! wrap; where the processor has the dot product extension (`sdot`, in most since 2018), four products go straight into
+//! an int32 lane. A vector is a quarter of a line: four rows of the panel.
 //!
 //! `sdot` is one line of assembly: the intrinsic for it is not stable in Rust yet.
 
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
-use super::{Block, Tile, tiled};
-use crate::packed::{BLOCK, BLOCK_BYTES};
+use super::{GROUP, GROUP_OUTS, Isa, LINE_STEPS, Unpacked};
+use crate::packed::{Layout, Line, PANEL, STEP};
+
+/// Steps whose products an int16 lane holds: one a step, in [2 * -128, 2 * 127], so 128 * -256 = -32,768 just fits (and
+/// 128 * 254 = 32,512).
+const NARROW_STEPS: usize = 128;
+
+/// Code vectors in a line of each layout, as the functions below take them; 1 is a line of unpacked codes.
+const TWO_BIT: usize = 4;
+const FIVE_TRIT: usize = 5;
+const PLAIN: usize = 1;
+
+/// Rows of activations that pass an unpacked panel at once: 4 * 4 sums, 4 vectors of codes and 4 of activations. They
+/// divide the tiles in which rows come, so none is left over.
+const ROWS: usize = 4;
 
 /// Proof that the processor has NEON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,17 +31,9 @@ pub(super) struct Neon(());
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct NeonDot(());
 
-/// Blocks whose products an int16 lane holds: 8 a block and half of a vector, each in [2 * -128, 2 * 127] = [-256, 254],
-/// and 16 * 8 * -256 = -32,768, which just fits.
-const NARROW_BLOCKS: usize = 16;
-
 impl Neon {
     pub(super) fn new() -> Option<Self> {
         is_aarch64_feature_detected!("neon").then_some(Self(()))
-    }
-
-    pub(super) fn sums(self, block: &Block<'_>, out: &mut [i32]) {
-        tiled::<4, 1, 2>(self, block, out);
     }
 }
 
@@ -35,145 +41,310 @@ impl NeonDot {
     pub(super) fn new() -> Option<Self> {
         (is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod")).then_some(Self(()))
     }
+}
 
-    pub(super) fn sums(self, block: &Block<'_>, out: &mut [i32]) {
-        tiled::<4, 1, 2>(self, block, out);
+impl Isa for Neon {
+    fn packed<const R: usize>(self, layout: Layout, panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+        check(&x, panel.len() * layout.vectors());
+        match layout {
+            // SAFETY: a value of this type exists only where `new` has seen NEON; the rows are long enough (above).
+            Layout::TwoBit => unsafe { products::<R, TWO_BIT>(panel, x) },
+            // SAFETY: as above.
+            Layout::FiveTrit => unsafe { products::<R, FIVE_TRIT>(panel, x) },
+        }
+    }
+
+    fn bytes<const R: usize>(self, panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+        check(&x, panel.len());
+        // SAFETY: a value of this type exists only where `new` has seen NEON; the rows are long enough (above).
+        unsafe { bytes(panel, x) }
+    }
+
+    fn unpacked(self, group: &Unpacked<'_>, sums: &mut [i32]) {
+        each_strip(group, sums, |panel, x| {
+            check(&x, panel.len());
+            // SAFETY: a value of this type exists only where `new` has seen NEON; the rows are long enough (above).
+            unsafe { products::<ROWS, PLAIN>(panel, x) }
+        });
     }
 }
 
-impl Tile for Neon {
-    fn tile<const R: usize, const O: usize>(
-        self,
-        x: [&[[i8; BLOCK]]; R],
-        w: [&[[u8; BLOCK_BYTES]]; O],
-    ) -> [[i32; O]; R] {
-        // SAFETY: a value of this type exists only where `new` has seen NEON.
-        unsafe { tile(x, w) }
+impl Isa for NeonDot {
+    fn packed<const R: usize>(self, layout: Layout, panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+        check(&x, panel.len() * layout.vectors());
+        match layout {
+            // SAFETY: a value of this type exists only where `new` has seen both features; the rows are long enough (above).
+            Layout::TwoBit => unsafe { packed_dot::<R, TWO_BIT>(panel, x) },
+            // SAFETY: as above.
+            Layout::FiveTrit => unsafe { packed_dot::<R, FIVE_TRIT>(panel, x) },
+        }
+    }
+
+    fn bytes<const R: usize>(self, panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+        check(&x, panel.len());
+        // SAFETY: a value of this type exists only where `new` has seen both features; the rows are long enough (above).
+        unsafe { vectors_dot::<R, true>(panel, x) }
+    }
+
+    fn unpacked(self, group: &Unpacked<'_>, sums: &mut [i32]) {
+        each_strip(group, sums, |panel, x| {
+            check(&x, panel.len());
+            // SAFETY: a value of this type exists only where `new` has seen both features; the rows are long enough (above).
+            unsafe { vectors_dot::<ROWS, false>(panel, x) }
+        });
     }
 }
 
-impl Tile for NeonDot {
-    fn tile<const R: usize, const O: usize>(
-        self,
-        x: [&[[i8; BLOCK]]; R],
-        w: [&[[u8; BLOCK_BYTES]]; O],
-    ) -> [[i32; O]; R] {
-        // SAFETY: a value of this type exists only where `new` has seen both features.
-        unsafe { tile_dot(x, w) }
+fn check(x: &[&[Line]], steps: usize) {
+    let lines = steps.div_ceil(LINE_STEPS);
+    assert!(x.iter().all(|x| x.len() >= lines), "activations for every step");
+}
+
+/// Puts the sums of every panel of the group with every [`ROWS`] rows in their places. The last rows may be some that
+/// only fill up a tile.
+fn each_strip(
+    group: &Unpacked<'_>,
+    sums: &mut [i32],
+    strip: impl Fn(&[Line], [&[Line]; ROWS]) -> [[i32; PANEL]; ROWS],
+) {
+    for panel in 0..GROUP {
+        for first in (0..group.rows).step_by(ROWS) {
+            let of_strip = strip(group.panel(panel), std::array::from_fn(|row| group.row(first + row)));
+            for (row, of_row) in of_strip.iter().enumerate() {
+                sums[(first + row) * GROUP_OUTS + panel * PANEL..][..PANEL].copy_from_slice(of_row);
+            }
+        }
     }
 }
 
+/// Baseline NEON, lines of `V` vectors of codes 0, 1, 2.
+///
+/// # Safety
+/// Every row of `x` has activations for `V * panel.len()` steps.
 #[target_feature(enable = "neon")]
-fn tile<const R: usize, const O: usize>(
-    x: [&[[i8; BLOCK]]; R],
-    w: [&[[u8; BLOCK_BYTES]]; O],
-) -> [[i32; O]; R] {
-    let blocks = w[0].len();
-    let (x, w) = (x.map(|row| &row[..blocks]), w.map(|row| &row[..blocks]));
-    let mut wide = [[vdupq_n_s32(0); O]; R];
-    for first in (0..blocks).step_by(NARROW_BLOCKS) {
-        let mut narrow = [[[vdupq_n_s16(0); 2]; O]; R];
-        for b in first..blocks.min(first + NARROW_BLOCKS) {
-            for o in 0..O {
-                let codes = unpack(&w[o][b]);
+unsafe fn products<const R: usize, const V: usize>(panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+    let narrow_lines = NARROW_STEPS / V;
+    let mut wide = [[vdupq_n_s32(0); 4]; R];
+    for (chunk, lines) in panel.chunks(narrow_lines).enumerate() {
+        // Half a panel after the other: with more, the sums of four rows would not stay in registers.
+        for half in 0..2 {
+            // Lanes are the columns of two rows: of the quarter's first two, then of its last two.
+            let mut narrow = [[[vdupq_n_s16(0); 2]; 2]; R];
+            for (index, line) in lines.iter().enumerate() {
+                let codes = [0, 1].map(|quarter| unpack::<V>(load(line, 2 * half + quarter)));
                 for r in 0..R {
-                    let [low, high] = &mut narrow[r][o];
-                    for (&codes, x) in codes.iter().zip(x[r][b].as_chunks().0) {
-                        let x = load(x);
-                        *low = vmlal_s8(*low, vget_low_s8(codes), vget_low_s8(x));
-                        *high = vmlal_high_s8(*high, codes, x);
+                    for i in 0..V {
+                        // SAFETY: this step belongs to this line of the panel, as the caller promises.
+                        let x = unsafe { step(x[r], V * (chunk * narrow_lines + index) + i) };
+                        for quarter in 0..2 {
+                            let [low, high] = &mut narrow[r][quarter];
+                            let codes = codes[quarter][i];
+                            *low = vmlal_s8(*low, vget_low_s8(codes), vget_low_s8(x));
+                            *high = vmlal_high_s8(*high, codes, x);
+                        }
                     }
                 }
             }
-        }
-        for r in 0..R {
-            for o in 0..O {
-                let [low, high] = narrow[r][o];
-                wide[r][o] = vpadalq_s16(vpadalq_s16(wide[r][o], low), high);
-            }
-        }
-    }
-    lane_sums(wide)
-}
-
-#[target_feature(enable = "neon,dotprod")]
-fn tile_dot<const R: usize, const O: usize>(
-    x: [&[[i8; BLOCK]]; R],
-    w: [&[[u8; BLOCK_BYTES]]; O],
-) -> [[i32; O]; R] {
-    let blocks = w[0].len();
-    let (x, w) = (x.map(|row| &row[..blocks]), w.map(|row| &row[..blocks]));
-    // Two sums a pair of rows: one waits for its addition while the other starts.
-    let mut lanes = [[[vdupq_n_s32(0); 2]; O]; R];
-    for b in 0..blocks {
-        for o in 0..O {
-            let codes = unpack(&w[o][b]);
             for r in 0..R {
-                for (at, (&codes, x)) in codes.iter().zip(x[r][b].as_chunks().0).enumerate() {
-                    // A lane gains at most 16 * 2 * 128 = 2^12 a block: it holds 2^19 blocks, and a row has at most 2^17.
-                    lanes[r][o][at % 2] = dot(lanes[r][o][at % 2], codes, load(x));
+                for quarter in 0..2 {
+                    let [low, high] = narrow[r][quarter].map(|lanes| vpaddlq_s16(lanes));
+                    let wide = &mut wide[r][2 * half + quarter];
+                    *wide = vaddq_s32(*wide, vpaddq_s32(low, high));
                 }
             }
         }
     }
-    let mut wide = [[vdupq_n_s32(0); O]; R];
-    for r in 0..R {
-        for o in 0..O {
-            wide[r][o] = vaddq_s32(lanes[r][o][0], lanes[r][o][1]);
-        }
-    }
-    lane_sums(wide)
+    wide.map(|lanes| store(lanes))
 }
 
-/// `sums[lane] + Σ_i codes[4 * lane + i] * x[4 * lane + i]`
+/// Baseline NEON, codes up to 255, of which int16 holds no product twice: both sides are widened to int16 first.
+///
+/// # Safety
+/// Every row of `x` has activations for `panel.len()` steps.
+#[target_feature(enable = "neon")]
+unsafe fn bytes<const R: usize>(panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+    let mut wide = [[vdupq_n_s32(0); 4]; R];
+    // As many lines as stay in the first-level cache until the last quarter has been there.
+    for (chunk, lines) in panel.chunks(NARROW_STEPS).enumerate() {
+        for quarter in 0..4 {
+            // A vector for each row of the quarter; lanes are its columns.
+            let mut rows = [[vdupq_n_s32(0); 4]; R];
+            for (index, line) in lines.iter().enumerate() {
+                let codes = load(line, quarter);
+                let low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(codes)));
+                let high = vreinterpretq_s16_u16(vmovl_high_u8(codes));
+                for r in 0..R {
+                    // SAFETY: this line is one of the panel's, as the caller promises.
+                    let x = unsafe { step(x[r], chunk * NARROW_STEPS + index) };
+                    let x = vmovl_s8(vget_low_s8(x));
+                    let [a, b, c, d] = &mut rows[r];
+                    *a = vmlal_s16(*a, vget_low_s16(low), vget_low_s16(x));
+                    *b = vmlal_high_s16(*b, low, x);
+                    *c = vmlal_s16(*c, vget_low_s16(high), vget_low_s16(x));
+                    *d = vmlal_high_s16(*d, high, x);
+                }
+            }
+            for r in 0..R {
+                let [a, b, c, d] = rows[r];
+                let sums = vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d));
+                wide[r][quarter] = vaddq_s32(wide[r][quarter], sums);
+            }
+        }
+    }
+    wide.map(|lanes| store(lanes))
+}
+
+/// Dot product, packed lines of `V` vectors. `sdot` wraps: a lane is right modulo 2^32, which is all that `Isa` asks for.
+///
+/// # Safety
+/// Every row of `x` has activations for `V * panel.len()` steps.
 #[target_feature(enable = "neon,dotprod")]
-fn dot(mut sums: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
+unsafe fn packed_dot<const R: usize, const V: usize>(panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+    let mut lanes = [[vdupq_n_s32(0); 4]; R];
+    for (index, line) in panel.iter().enumerate() {
+        let (mut four, mut last) = ([vdupq_n_s8(0); R], [vdupq_n_s8(0); R]);
+        for r in 0..R {
+            // SAFETY: the first four steps, and the last one, of this line of the panel, as the caller promises.
+            (four[r], last[r]) = unsafe { (four_steps(x[r], V * index), step(x[r], V * index + V - 1)) };
+        }
+        for quarter in 0..4 {
+            let codes = unpack::<V>(load(line, quarter));
+            for r in 0..R {
+                let lanes = &mut lanes[r][quarter];
+                *lanes = dot_four(*lanes, [codes[0], codes[1], codes[2], codes[3]], four[r]);
+                if V == FIVE_TRIT {
+                    *lanes = dot::<0>(*lanes, codes[V - 1], last[r]);
+                }
+            }
+        }
+    }
+    lanes.map(|lanes| store(lanes))
+}
+
+/// Dot product, one vector of codes a line. `sdot` takes them as signed: where `UNSIGNED` says that they may be above 127,
+/// 128 is taken off each, and `128 Σ x` added in the end. All modulo 2^32.
+///
+/// # Safety
+/// Every row of `x` has activations for `panel.len()` steps.
+#[target_feature(enable = "neon,dotprod")]
+unsafe fn vectors_dot<const R: usize, const UNSIGNED: bool>(
+    panel: &[Line],
+    x: [&[Line]; R],
+) -> [[i32; PANEL]; R] {
+    let off = vdupq_n_u8(if UNSIGNED { 128 } else { 0 });
+    let mut lanes = [[vdupq_n_s32(0); 4]; R];
+    let mut x_sums = [vdupq_n_s32(0); R];
+    // Filled up with codes of zero, so that it does not matter what the activations there are.
+    let (whole, rest) = panel.as_chunks::<4>();
+    let mut last = [Line::ZERO; 4];
+    last[..rest.len()].copy_from_slice(rest);
+    for index in 0..panel.len().div_ceil(4) {
+        let lines = whole.get(index).unwrap_or(&last);
+        let mut four = [vdupq_n_s8(0); R];
+        for r in 0..R {
+            // SAFETY: 4 * index < panel.len(), for which there are activations, as the caller promises; and these four steps
+            // are in one line of `x`, which is there as a whole.
+            four[r] = unsafe { four_steps(x[r], 4 * index) };
+            if UNSIGNED {
+                x_sums[r] = vpadalq_s16(x_sums[r], vpaddlq_s8(four[r]));
+            }
+        }
+        for quarter in 0..4 {
+            let mut codes = [vdupq_n_s8(0); 4];
+            for i in 0..4 {
+                // Flipping the highest bit takes 128 off.
+                codes[i] = vreinterpretq_s8_u8(veorq_u8(load(&lines[i], quarter), off));
+            }
+            for r in 0..R {
+                lanes[r][quarter] = dot_four(lanes[r][quarter], codes, four[r]);
+            }
+        }
+    }
+    for r in 0..R {
+        let taken_off = vshlq_n_s32::<7>(vdupq_n_s32(vaddvq_s32(x_sums[r])));
+        lanes[r] = lanes[r].map(|lanes| vaddq_s32(lanes, taken_off));
+    }
+    lanes.map(|lanes| store(lanes))
+}
+
+/// Codes of a quarter of a line of `V` vectors.
+#[target_feature(enable = "neon")]
+fn unpack<const V: usize>(mut bytes: uint8x16_t) -> [int8x16_t; V] {
+    let mut codes = [vdupq_n_s8(0); V];
+    for codes in &mut codes {
+        let (first, rest) = match V {
+            TWO_BIT => (vandq_u8(bytes, vdupq_n_u8(0b11)), vshrq_n_u8::<2>(bytes)),
+            FIVE_TRIT => {
+                // floor(3 b / 256) = floor(floor(3 b / 2) / 128), and floor(3 b / 2) = b + floor(b / 2). `uhadd` halves that
+                // with no loss of its ninth bit, the shift divides by 64: exact for every b.
+                let half_sum = vhaddq_u8(bytes, vshrq_n_u8::<1>(bytes));
+                (vshrq_n_u8::<6>(half_sum), vaddq_u8(bytes, vaddq_u8(bytes, bytes)))
+            }
+            _ => (bytes, bytes),
+        };
+        (*codes, bytes) = (vreinterpretq_s8_u8(first), rest);
+    }
+    codes
+}
+
+/// [`dot`] of four vectors of codes, one with each step of `x`.
+#[target_feature(enable = "neon,dotprod")]
+fn dot_four(sums: int32x4_t, codes: [int8x16_t; 4], x: int8x16_t) -> int32x4_t {
+    let sums = dot::<1>(dot::<0>(sums, codes[0], x), codes[1], x);
+    dot::<3>(dot::<2>(sums, codes[2], x), codes[3], x)
+}
+
+/// `sums[row] + Σ_c codes[4 * row + c] * x[4 * I + c]`: four rows with step `I` of four.
+#[target_feature(enable = "neon,dotprod")]
+fn dot<const I: usize>(mut sums: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
     // SAFETY: one arithmetic instruction of a feature that this function requires; it touches its operands only.
     unsafe {
         asm!(
-            "sdot {sums:v}.4s, {codes:v}.16b, {x:v}.16b",
+            "sdot {sums:v}.4s, {codes:v}.16b, {x:v}.4b[{i}]",
             sums = inout(vreg) sums,
             codes = in(vreg) codes,
             x = in(vreg) x,
+            i = const I,
             options(pure, nomem, nostack, preserves_flags),
         );
     }
     sums
 }
 
-/// The 128 codes of a block, in order: each plane is two vectors.
+/// The four activations of a step, four times.
+///
+/// # Safety
+/// `x` has more than `step / 16` lines.
 #[target_feature(enable = "neon")]
-fn unpack(block: &[u8; BLOCK_BYTES]) -> [int8x16_t; 8] {
-    // SAFETY: the reference is to 32 bytes, which this loads.
-    let uint8x16x2_t(a, b) = unsafe { vld1q_u8_x2(block.as_ptr()) };
-    let mask = vdupq_n_u8(0b11);
-    [
-        vandq_u8(a, mask),
-        vandq_u8(b, mask),
-        vandq_u8(vshrq_n_u8::<2>(a), mask),
-        vandq_u8(vshrq_n_u8::<2>(b), mask),
-        vandq_u8(vshrq_n_u8::<4>(a), mask),
-        vandq_u8(vshrq_n_u8::<4>(b), mask),
-        vshrq_n_u8::<6>(a),
-        vshrq_n_u8::<6>(b),
-    ]
-    .map(|codes| vreinterpretq_s8_u8(codes))
+unsafe fn step(x: &[Line], step: usize) -> int8x16_t {
+    // SAFETY: the lines are 16 steps of 4 bytes each, one after the other, and aligned for a 32-bit read.
+    vreinterpretq_s8_s32(unsafe { vld1q_dup_s32(x.as_ptr().cast::<i32>().add(step)) })
 }
 
+/// The activations of four steps.
+///
+/// # Safety
+/// `x` has more than `(first + 3) / 16` lines.
 #[target_feature(enable = "neon")]
-fn load(codes: &[i8; 16]) -> int8x16_t {
+unsafe fn four_steps(x: &[Line], first: usize) -> int8x16_t {
+    // SAFETY: the lines are 16 steps of 4 bytes each, one after the other, and the load needs no alignment.
+    unsafe { vld1q_s8(x.as_ptr().cast::<i8>().add(first * STEP)) }
+}
+
+/// A quarter of a line: four rows of the panel.
+#[target_feature(enable = "neon")]
+fn load(line: &Line, quarter: usize) -> uint8x16_t {
+    let (quarters, _) = line.0.as_chunks::<16>();
     // SAFETY: the reference is to 16 bytes, which this loads.
-    unsafe { vld1q_s8(codes.as_ptr()) }
+    unsafe { vld1q_u8(quarters[quarter].as_ptr()) }
 }
 
-/// Sums of the four lanes, modulo 2^32.
 #[target_feature(enable = "neon")]
-fn lane_sums<const R: usize, const O: usize>(lanes: [[int32x4_t; O]; R]) -> [[i32; O]; R] {
-    let mut sums = [[0; O]; R];
-    for r in 0..R {
-        for o in 0..O {
-            sums[r][o] = vaddvq_s32(lanes[r][o]);
-        }
+fn store(lanes: [int32x4_t; 4]) -> [i32; PANEL] {
+    let mut sums = [0; PANEL];
+    for (lanes, sums) in lanes.iter().zip(sums.as_chunks_mut::<4>().0) {
+        // SAFETY: the reference is to 16 bytes, which this stores.
+        unsafe { vst1q_s32(sums.as_mut_ptr(), *lanes) };
     }
     sums
 }

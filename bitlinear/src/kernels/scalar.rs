@@ -1,19 +1,56 @@
 //! The scalar kernel: the truth that every other kernel equals.
 
-use super::Block;
-use crate::packed::code_at;
+use super::{GROUP, GROUP_OUTS, Isa, Unpacked};
+use crate::packed::{Layout, Line, PANEL, STEP, unpack_lines};
 
-/// `out[r, o] = Σ_j codes[r, j] * w[o, j]`
-pub(super) fn sums(block: &Block<'_>, out: &mut [i32]) {
-    let outs = block.weights.len() / (block.stride / 4);
-    let mut unpacked = vec![0i8; block.stride];
-    for (o, row) in block.weights.chunks_exact(block.stride / 4).enumerate() {
-        for (column, code) in unpacked.iter_mut().enumerate() {
-            *code = code_at(row, column);
+/// Plain loops, on any processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Scalar;
+
+impl Isa for Scalar {
+    fn packed<const R: usize>(self, layout: Layout, panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+        let mut codes = [Line::ZERO; 5];
+        let mut sums = [[0; PANEL]; R];
+        for (index, line) in panel.iter().enumerate() {
+            unpack_lines(layout, std::slice::from_ref(line), &mut codes);
+            for (i, codes) in codes[..layout.vectors()].iter().enumerate() {
+                for (x, sums) in x.iter().zip(&mut sums) {
+                    add_step(codes, x, index * layout.vectors() + i, sums);
+                }
+            }
         }
-        for (r, codes) in block.codes.chunks_exact(block.stride).enumerate() {
-            // |sum| <= 128 * stride, which fits in i32: MAX_IN_FEATURES.
-            out[r * outs + o] = codes.iter().zip(&unpacked).map(|(&x, &w)| i32::from(x) * i32::from(w)).sum();
+        sums
+    }
+
+    fn bytes<const R: usize>(self, panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+        let mut sums = [[0; PANEL]; R];
+        for (x, sums) in x.iter().zip(&mut sums) {
+            for (step, codes) in panel.iter().enumerate() {
+                add_step(codes, x, step, sums);
+            }
+        }
+        sums
+    }
+
+    fn unpacked(self, group: &Unpacked<'_>, sums: &mut [i32]) {
+        for row in 0..group.rows {
+            for panel in 0..GROUP {
+                let mut of_panel = [0; PANEL];
+                for (step, codes) in group.panel(panel).iter().enumerate() {
+                    add_step(codes, group.row(row), step, &mut of_panel);
+                }
+                sums[row * GROUP_OUTS + panel * PANEL..][..PANEL].copy_from_slice(&of_panel);
+            }
+        }
+    }
+}
+
+/// Adds the products of one code vector with its four activations.
+fn add_step(codes: &Line, x: &[Line], step: usize, sums: &mut [i32; PANEL]) {
+    let x = &x[step / 16].0.as_chunks::<STEP>().0[step % 16];
+    for (codes, sum) in codes.0.as_chunks::<STEP>().0.iter().zip(sums) {
+        for (code, x) in codes.iter().zip(x) {
+            *sum = sum.wrapping_add(i32::from(*code) * i32::from(*x as i8));
         }
     }
 }

@@ -8,17 +8,31 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
+use crate::packed::TernaryWeight;
+use crate::pool::Pool;
+use crate::quant;
+use std::sync::Arc;
 
-/// A quarter, a half, one, two and three blocks, with one weight more and less.
-const TAILS: [usize; 17] = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 383, 384, 385];
+/// Around whole steps, lines of either layout (16 and 20 columns), lines of activations (64), and int16 sums (256).
+const TAILS: [usize; 28] = [
+    1, 2, 3, 4, 5, 15, 16, 17, 19, 20, 21, 31, 33, 39, 40, 41, 63, 64, 65, 79, 80, 81, 127, 129, 239, 241,
+    256, 257,
+];
 
-/// The most rows or outputs that a kernel takes at once.
-const KERNEL_TILE: usize = 4;
+/// Two groups of panels and one more output.
+const OUTS: usize = 2 * GROUP_OUTS + 1;
 
 /// What is compared. Printed, so that a log shows what a green test stands for.
 fn compared() -> Vec<Kernel> {
-    let kernels = Kernel::available();
-    println!("kernels compared: {}", kernels.iter().map(|k| k.name()).collect::<Vec<_>>().join(" "));
+    #[allow(unused_mut)]
+    let mut kernels = Kernel::available();
+    print!("kernels compared: {}", kernels.iter().map(|k| k.name()).collect::<Vec<_>>().join(" "));
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if let Some(isa) = amx::Amx::emulated() {
+        kernels.push(Kernel(Choice::Amx(isa)));
+        print!(" amx (emulated)");
+    }
+    println!();
     kernels
 }
 
@@ -31,21 +45,28 @@ fn oracle(x: &[i8], w: &[i8], columns: usize) -> Vec<i64> {
 /// A product and what it must give.
 struct Case {
     x: QuantizedRows,
-    weight: TernaryWeight,
+    /// The weight in every layout.
+    weights: Vec<TernaryWeight>,
     expected: Vec<u32>,
 }
 
 impl Case {
     fn new(activations: &[f32], codes: &[i8], columns: usize) -> Self {
-        let x = QuantizedRows::quantize(activations, columns);
+        Self::with_rows(QuantizedRows::quantize(activations, columns), codes)
+    }
+
+    fn with_rows(x: QuantizedRows, codes: &[i8]) -> Self {
+        let columns = x.columns();
         let weight = TernaryWeight::pack(codes, codes.len() / columns, columns, 0.37).unwrap();
-        let int8: Vec<i8> = (0..x.rows()).flat_map(|r| x.row(r).0.to_vec()).collect();
+        let int8: Vec<i8> = (0..x.rows()).flat_map(|r| x.row(r).0).collect();
         let sums = oracle(&int8, codes, columns);
         let outs = weight.out_features();
         let expected = sums.iter().enumerate().map(|(at, &sum)| {
+            let sum = i32::try_from(sum).unwrap();
             quant::epilogue(sum as f32, x.row(at / outs).1, weight.weight_scale()).to_bits()
         });
-        Self { expected: expected.collect(), x, weight }
+        let weights = Layout::ALL.map(|layout| weight.with_layout(layout)).into();
+        Self { expected: expected.collect(), x, weights }
     }
 
     fn random(rng: &mut ChaCha8Rng, rows: usize, outs: usize, columns: usize) -> Self {
@@ -54,40 +75,28 @@ impl Case {
         Self::new(&activations, &codes, columns)
     }
 
-    fn run(&self, kernel: Kernel) -> Vec<u32> {
+    fn run(&self, kernel: Kernel, weight: &TernaryWeight) -> Vec<u32> {
         // NaN where nothing is written.
-        let mut output = vec![f32::NAN; self.x.rows() * self.weight.out_features()];
-        matmul_with(kernel, &self.x, &self.weight, &mut output).unwrap();
-        output.iter().map(|y| y.to_bits()).collect()
+        let mut output = vec![f32::NAN; self.x.rows() * weight.out_features()];
+        matmul_with(kernel, &self.x, weight, &mut output).unwrap();
+        bits(&output)
     }
 
     fn check(&self, kernels: &[Kernel]) {
-        for kernel in kernels {
-            let name = kernel.name();
-            assert!(self.run(*kernel) == self.expected, "{name}: {} rows, {:?}", self.x.rows(), self.weight);
+        for weight in &self.weights {
+            for kernel in kernels {
+                let name = kernel.name();
+                let right = self.run(*kernel, weight) == self.expected;
+                assert!(right, "{name}: {:?} x {weight:?}", self.x);
+            }
         }
-    }
-}
-
-/// Kernels on a block of whole rows, with codes that quantizing never gives.
-fn check_block(kernels: &[Kernel], codes: &[i8], weights: &[i8], stride: usize) {
-    let (rows, outs) = (codes.len() / stride, weights.len() / stride);
-    let weight = TernaryWeight::pack(weights, outs, stride, 1.0).unwrap();
-    let sums: Vec<i32> =
-        codes.chunks_exact(stride).map(|row| row.iter().map(|&c| i32::from(c)).sum()).collect();
-    let block = Block { codes, sums: &sums, weights: weight.rows(0..outs), stride };
-    let expected = oracle(codes, weights, stride);
-    for kernel in kernels {
-        let mut out = vec![i32::MIN; rows * outs];
-        kernel.sums(&block, &mut out);
-        let out: Vec<i64> = out.iter().map(|&sum| i64::from(sum)).collect();
-        assert!(out == expected, "{}: {rows} x {outs} x {stride}", kernel.name());
     }
 }
 
 #[test]
 fn the_kernels_that_the_processor_promises_are_compared() {
-    let kernels = compared();
+    compared();
+    let kernels = Kernel::available();
     let names: Vec<_> = kernels.iter().map(|k| k.name()).collect();
     let mut promised = vec!["scalar"];
     #[cfg(target_arch = "x86_64")]
@@ -96,6 +105,8 @@ fn the_kernels_that_the_processor_promises_are_compared() {
         let vnni = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
         promised.extend(vnni.then_some("avx512vnni"));
     }
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    promised.extend(amx::tests::promised().then_some("amx"));
     #[cfg(target_arch = "aarch64")]
     {
         promised.push("neon");
@@ -109,33 +120,34 @@ fn the_kernels_that_the_processor_promises_are_compared() {
 }
 
 #[test]
-fn every_size_up_to_two_tiles_and_one() {
+fn every_number_of_rows_up_to_two_tiles_and_one() {
     let (kernels, mut rng) = (compared(), ChaCha8Rng::seed_from_u64(1));
     let mut tails = TAILS.iter().cycle();
-    for rows in 0..=2 * ROW_TILE + 1 {
-        for outs in 0..=2 * OUT_TILE + 1 {
+    for rows in 0..=2 * 32 + 1 {
+        for outs in [1, 15, 16, 17, GROUP_OUTS - 1, GROUP_OUTS, GROUP_OUTS + 1] {
             Case::random(&mut rng, rows, outs, *tails.next().unwrap()).check(&kernels);
         }
-    }
-    // A single row is cut into chunks of four tiles.
-    for outs in 0..=8 * OUT_TILE + 1 {
-        Case::random(&mut rng, 1, outs, *tails.next().unwrap()).check(&kernels);
     }
 }
 
 #[test]
-fn every_tail_with_every_tile_of_the_kernels() {
+fn every_number_of_outputs_up_to_two_groups_and_one() {
     let (kernels, mut rng) = (compared(), ChaCha8Rng::seed_from_u64(2));
-    for columns in TAILS {
-        for rows in 0..=2 * KERNEL_TILE + 1 {
-            for outs in 0..=2 * KERNEL_TILE + 1 {
-                Case::random(&mut rng, rows, outs, columns).check(&kernels);
-            }
+    let mut tails = TAILS.iter().cycle();
+    for outs in 0..=OUTS {
+        for rows in [1, 2, 3, 4, 5, 16, 17] {
+            Case::random(&mut rng, rows, outs, *tails.next().unwrap()).check(&kernels);
         }
     }
-    for columns in 1..=300 {
-        Case::random(&mut rng, 1, 5, columns).check(&kernels);
-        Case::random(&mut rng, 5, 3, columns).check(&kernels);
+}
+
+#[test]
+fn every_number_of_columns_up_to_two_tiles_and_one() {
+    let (kernels, mut rng) = (compared(), ChaCha8Rng::seed_from_u64(3));
+    for columns in 1..=2 * 256 + 1 {
+        for rows in [1, 2 + columns % 3, 5 + columns % 12] {
+            Case::random(&mut rng, rows, 33, columns).check(&kernels);
+        }
     }
 }
 
@@ -169,17 +181,18 @@ fn extremes_do_not_wrap() {
 #[test]
 fn extremes_that_quantizing_never_gives_do_not_wrap() {
     let kernels = compared();
-    for stride in [128, 2048, 2176, 2304, 20_096] {
+    // 240 and 256 columns are what int16 sums hold, 20,480 what the sums of whole 1.6-bit bytes hold.
+    for columns in [128, 240, 256, 260, 320, 2304, 20_480, 20_500] {
         let x: Vec<i8> = fills(127, -128)
             .into_iter()
             .chain(fills(-128, 0))
-            .flat_map(|fill| (0..stride).map(fill))
+            .flat_map(|fill| (0..columns).map(fill))
             .collect();
         let w: Vec<i8> =
-            fills(1, -1).into_iter().chain(fills(1, 0)).flat_map(|fill| (0..stride).map(fill)).collect();
-        check_block(&kernels, &x, &w, stride);
-        for row in x.chunks_exact(stride) {
-            check_block(&kernels, row, &w, stride);
+            fills(1, -1).into_iter().chain(fills(1, 0)).flat_map(|fill| (0..columns).map(fill)).collect();
+        Case::with_rows(QuantizedRows::from_codes(&x, columns), &w).check(&kernels);
+        for rows in 1..=4 {
+            Case::with_rows(QuantizedRows::from_codes(&x[..rows * columns], columns), &w).check(&kernels);
         }
     }
 }
@@ -187,21 +200,80 @@ fn extremes_that_quantizing_never_gives_do_not_wrap() {
 #[test]
 fn the_longest_row_fits() {
     // The sum with weights of 2 in place of +1 wraps around; with the row's sum taken off it is right again.
-    let stride = MAX_IN_FEATURES.next_multiple_of(BLOCK);
-    let codes: Vec<i8> = (0..stride).map(|at| if at < MAX_IN_FEATURES { -128 } else { 0 }).collect();
-    let weights = vec![1i8; stride];
-    assert_eq!(oracle(&codes, &weights, stride), [-128 * MAX_IN_FEATURES as i64]);
-    check_block(&compared(), &codes, &weights, stride);
+    let x = QuantizedRows::from_codes(&vec![-128; MAX_IN_FEATURES], MAX_IN_FEATURES);
+    Case::with_rows(x, &vec![1; MAX_IN_FEATURES]).check(&compared());
+}
+
+/// [`int8_matmul`] by its definition, in i64 and f32.
+fn int8_oracle(x: &[f32], w: &[f32], columns: usize) -> Vec<u32> {
+    let mut out = Vec::new();
+    for x in x.chunks_exact(columns) {
+        let max = quant::absmax(x);
+        let codes: Vec<i64> = x.iter().map(|x| (x * (32512.0 / max)).round_ties_even() as i64).collect();
+        for w in w.chunks_exact(columns) {
+            let mut int8 = vec![0i8; columns];
+            let scale = quant::quantize_row(w, &mut int8);
+            let sum: i64 = codes.iter().zip(&int8).map(|(x, w)| x * i64::from(*w)).sum();
+            out.push((sum as f32 * (max / 32512.0 * scale)).to_bits());
+        }
+    }
+    out
+}
+
+#[test]
+fn int8_products_of_every_kernel_are_their_definition() {
+    let (kernels, mut rng) = (compared(), ChaCha8Rng::seed_from_u64(7));
+    let mut check = |tokens: usize, outs: usize, columns: usize, random: bool| {
+        let mut values = |len: usize| -> Vec<f32> {
+            let draw = |at: usize, rng: &mut ChaCha8Rng| match random {
+                true => rng.random_range(-3.0..3.0),
+                false => [1.0, -1.0][at / 7 % 2],
+            };
+            (0..len).map(|at| draw(at, &mut rng)).collect()
+        };
+        let (x, w) = (values(tokens * columns), values(outs * columns));
+        let weight =
+            Int8Weight::quantize(outs, columns, |o, row| row.copy_from_slice(&w[o * columns..][..columns]))
+                .unwrap();
+        assert_eq!(weight.bytes(), outs.div_ceil(16) * columns.div_ceil(4) * 64 + outs * 4);
+        for kernel in &kernels {
+            let mut out = vec![f32::NAN; tokens * outs];
+            int8_matmul(*kernel, &x, &weight, &mut out).unwrap();
+            assert_eq!(
+                bits(&out),
+                int8_oracle(&x, &w, columns),
+                "{}: {tokens} x {outs} x {columns}",
+                kernel.name()
+            );
+        }
+    };
+    for tokens in 0..=5 {
+        for outs in [0, 1, 15, 16, 17, 33] {
+            check(tokens, outs, 1 + (tokens * 7 + outs * 3) % 150, true);
+        }
+    }
+    for columns in [1, 3, 4, 5, 64, 2560] {
+        check(3, 17, columns, true);
+    }
+    check(2, 17, MAX_INT8_FEATURES, false);
+    assert_eq!(
+        Int8Weight::quantize(1, MAX_INT8_FEATURES + 1, |_, _| ()).unwrap_err(),
+        KernelError::Int8Columns(65794)
+    );
+    let weight = Int8Weight::quantize(3, 4, |_, row| row.fill(1.0)).unwrap();
+    for (activations, outputs) in [(5, 3), (4, 4), (8, 3)] {
+        let error = int8_matmul(kernels[0], &vec![1.0; activations], &weight, &mut vec![0.0; outputs]);
+        assert!(matches!(error, Err(KernelError::Shape { .. })));
+    }
 }
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
     let (kernels, mut rng) = (compared(), ChaCha8Rng::seed_from_u64(4));
-    for (rows, outs) in [(1, 700), (37, 70)] {
+    for (rows, outs) in [(1, 700), (3, 700), (37, 70), (600, 70)] {
         let case = Case::random(&mut rng, rows, outs, 200);
         for threads in 1..=3 {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| case.check(&kernels));
+            Arc::new(Pool::new(threads).unwrap()).install(|| case.check(&kernels));
         }
     }
 }
@@ -219,7 +291,7 @@ fn bad_rows_stay_bad_and_leave_the_others_alone() {
         let x = QuantizedRows::quantize(&activations, columns);
         for kernel in compared() {
             let mut output = vec![0f32; 9 * outs];
-            matmul_with(kernel, &x, &case.weight, &mut output).unwrap();
+            matmul_with(kernel, &x, &case.weights[0], &mut output).unwrap();
             for (at, (y, expected)) in output.iter().zip(&case.expected).enumerate() {
                 if at / outs == 3 {
                     assert!(!y.is_finite(), "{}: {bad} became {y}", kernel.name());
@@ -269,13 +341,13 @@ fn activations_are_whole_rows() {
 
 #[test]
 fn kernels_go_by_their_names() {
-    let available = compared();
+    let available = Kernel::available();
     assert_eq!(Kernel::named(None).unwrap(), available[available.len() - 1]);
     for kernel in &available {
         assert_eq!(Kernel::named(Some(OsStr::new(kernel.name()))).unwrap(), *kernel);
     }
     let names = available.iter().map(|k| k.name()).collect::<Vec<_>>().join(", ");
-    for asked in ["", "AVX2", "scalar ", "amx"] {
+    for asked in ["", "AVX2", "scalar ", "abacus"] {
         let error = Kernel::named(Some(OsStr::new(asked))).unwrap_err();
         assert_eq!(error, KernelError::Unavailable { asked: asked.into(), available: names.clone() });
         assert!(error.to_string().starts_with(&format!("kernel '{asked}' in BITLINEAR_KERNEL")));

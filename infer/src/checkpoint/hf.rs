@@ -12,7 +12,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bitlinear::packed::TernaryWeight;
+use bitlinear::packed::{Layout, PackError, TernaryWeight};
+use bytemuck::Pod;
+use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::tensor::View;
@@ -20,7 +22,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::{CheckpointError, io_error, packing, write_atomic};
 use crate::config::{ModelConfig, Storage};
-use crate::model::{F32Data, Layer, Model, Projection, Weights};
+use crate::model::{Data, F32Data, Layer, Model, Projection, Table, Weights};
 
 /// Sizes and options.
 pub const CONFIG: &str = "config.json";
@@ -40,20 +42,29 @@ const MAX_JSON_BYTES: u64 = 64 << 20;
 /// A file is missing or damaged, the config asks for what is not supported, or a tensor is missing, extra, ill-shaped,
 /// ill-typed, not finite or not ternary; the error names it.
 pub fn read(folder: &Path) -> Result<Model, CheckpointError> {
+    read_with(folder, Layout::default())
+}
+
+/// [`read`] with the ternary weights in a layout of choice.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_with(folder: &Path, layout: Layout) -> Result<Model, CheckpointError> {
     let (config, storage) = read_config(folder)?;
-    let tensors = Tensors::open(folder)?;
+    let tensors = Tensors::open(folder, layout)?;
     let dense = |name: &str, shape: &[usize]| tensors.dense(name, shape);
     let table = [config.vocab_size, config.hidden_size];
-    // Read in parallel, reported in order: the error does not depend on the threads.
-    let layers: Vec<Result<Layer, CheckpointError>> = (0..config.num_hidden_layers)
-        .into_par_iter()
-        .map(|index| read_layer(&tensors, &config, storage, index))
-        .collect();
+    let layers: Result<Vec<Layer>, CheckpointError> =
+        (0..config.num_hidden_layers).map(|index| read_layer(&tensors, &config, storage, index)).collect();
     let weights = Weights {
-        embed_tokens: dense("model.embed_tokens.weight", &table)?,
-        layers: layers.into_iter().collect::<Result<_, _>>()?,
+        embed_tokens: tensors.table("model.embed_tokens.weight", &table)?,
+        layers: layers?,
         norm: dense("model.norm.weight", &[config.hidden_size])?,
-        lm_head: if config.tie_word_embeddings { None } else { Some(dense("lm_head.weight", &table)?) },
+        lm_head: if config.tie_word_embeddings {
+            None
+        } else {
+            Some(tensors.table("lm_head.weight", &table)?)
+        },
     };
     let expected = tensor_names(&config, storage);
     if let Some((name, tensor)) = tensors.entries.iter().find(|(name, _)| !expected.contains(*name)) {
@@ -149,11 +160,14 @@ struct Tensors {
     folder: PathBuf,
     files: Vec<(PathBuf, Arc<Mmap>)>,
     entries: BTreeMap<String, Tensor>,
+    /// What ternary weights become.
+    layout: Layout,
 }
 
 impl Tensors {
-    fn open(folder: &Path) -> Result<Self, CheckpointError> {
-        let mut tensors = Self { folder: folder.to_owned(), files: Vec::new(), entries: BTreeMap::new() };
+    fn open(folder: &Path, layout: Layout) -> Result<Self, CheckpointError> {
+        let mut tensors =
+            Self { folder: folder.to_owned(), files: Vec::new(), entries: BTreeMap::new(), layout };
         let index = folder.join(INDEX);
         if folder.join(WEIGHTS).exists() || !index.exists() {
             tensors.add(folder.join(WEIGHTS))?;
@@ -212,25 +226,37 @@ impl Tensors {
 
     /// A tensor of finite numbers, as f32.
     fn dense(&self, name: &str, shape: &[usize]) -> Result<F32Data, CheckpointError> {
+        Ok(match self.table(name, shape)? {
+            Table::F32(data) => data,
+            halves => halves.to_f32().into(),
+        })
+    }
+
+    /// A tensor of finite numbers, in its own precision and, where it is aligned, in its own place.
+    fn table(&self, name: &str, shape: &[usize]) -> Result<Table, CheckpointError> {
         let (tensor, path, map) = self.shaped(name, shape)?;
-        let bytes = &map[tensor.bytes.clone()];
-        let halves = |widen: fn([u8; 2]) -> f32| -> F32Data {
-            bytes.as_chunks::<2>().0.iter().map(|b| widen(*b)).collect::<Vec<f32>>().into()
-        };
-        let data = match tensor.dtype {
-            Dtype::F32 => F32Data::mapped(map, tensor.bytes.clone()),
-            Dtype::BF16 => halves(|b| half::bf16::from_le_bytes(b).to_f32()),
-            Dtype::F16 => halves(|b| half::f16::from_le_bytes(b).to_f32()),
+        let bytes = tensor.bytes.clone();
+        let table = match tensor.dtype {
+            Dtype::F32 => Table::F32(Data::mapped(map, bytes)),
+            Dtype::BF16 => Table::Bf16(Data::mapped(map, bytes)),
+            Dtype::F16 => Table::F16(Data::mapped(map, bytes)),
             found => {
                 let (tensor, path) = (name.to_owned(), path.to_owned());
                 return Err(CheckpointError::Type { tensor, found, expected: "F32, BF16 or F16", path });
             }
         };
-        if let Some(at) = data.par_iter().position_first(|x| !x.is_finite()) {
-            let (tensor, path, value) = (name.to_owned(), path.to_owned(), data[at]);
-            return Err(CheckpointError::NotFinite { tensor, at, value, path });
+        let bad = match &table {
+            Table::F32(data) => not_finite(data, |x: f32| (x.is_finite(), x)),
+            Table::Bf16(data) => not_finite(data, |x: bf16| (x.is_finite(), x.to_f32())),
+            Table::F16(data) => not_finite(data, |x: f16| (x.is_finite(), x.to_f32())),
+        };
+        match bad {
+            Some((at, value)) => {
+                let (tensor, path) = (name.to_owned(), path.to_owned());
+                Err(CheckpointError::NotFinite { tensor, at, value, path })
+            }
+            None => Ok(table),
         }
-        Ok(data)
     }
 
     fn projection(
@@ -252,20 +278,27 @@ impl Tensors {
                 let latent = self.dense(&weight_name, &[rows, columns])?;
                 let path = self.get(&weight_name)?.1;
                 let weight = TernaryWeight::from_latent(&latent, rows, columns).map_err(refused(path))?;
-                Ok(Projection::Ternary(weight))
+                Ok(Projection::Ternary(weight.with_layout(self.layout)))
             }
             Storage::PackedMultiply | Storage::PackedDivide => {
-                let codes = self.codes(&weight_name, rows, columns)?;
                 let (stored, path) = self.scale(&format!("{name}.weight_scale"))?;
                 let scale = if storage == Storage::PackedDivide { 1.0 / stored } else { stored };
-                let weight = TernaryWeight::pack(&codes, rows, columns, scale).map_err(refused(path))?;
-                Ok(Projection::Ternary(weight))
+                let bytes = self.packed(&weight_name, rows, columns)?;
+                let fill = |row: usize, codes: &mut [u8]| packing::unpack_row(bytes, rows, row, codes);
+                match TernaryWeight::from_rows(rows, columns, scale, self.layout, fill) {
+                    Ok(weight) => Ok(Projection::Ternary(weight)),
+                    Err(PackError::Code { row, column, .. }) => {
+                        let path = self.get(&weight_name)?.1.to_owned();
+                        Err(CheckpointError::Code { tensor: weight_name, row, column, path })
+                    }
+                    Err(source) => Err(refused(path)(source)),
+                }
             }
         }
     }
 
-    /// Ternary codes of a packed weight, row after row.
-    fn codes(&self, name: &str, rows: usize, columns: usize) -> Result<Vec<i8>, CheckpointError> {
+    /// The bytes of a packed weight.
+    fn packed(&self, name: &str, rows: usize, columns: usize) -> Result<&[u8], CheckpointError> {
         if !rows.is_multiple_of(4) {
             return Err(CheckpointError::Rows { tensor: name.to_owned(), rows });
         }
@@ -275,12 +308,7 @@ impl Tensors {
             return Err(CheckpointError::Type { tensor, found, expected: "U8 (packed)", path });
         }
         self.shaped(name, &[rows / 4, columns])?;
-        packing::unpack(&map[tensor.bytes.clone()]).map_err(|at| CheckpointError::Code {
-            tensor: name.to_owned(),
-            row: at / columns,
-            column: at % columns,
-            path: path.to_owned(),
-        })
+        Ok(&map[tensor.bytes.clone()])
     }
 
     /// The one value of a scale tensor, and its file.
@@ -290,6 +318,12 @@ impl Tensors {
         let value = self.dense(name, shape)?[0];
         Ok((value, path))
     }
+}
+
+/// The first value that is not finite, and its place.
+fn not_finite<T: Pod + Sync>(data: &[T], look: impl Fn(T) -> (bool, f32) + Sync) -> Option<(usize, f32)> {
+    let at = data.par_iter().position_first(|x| !look(*x).0)?;
+    Some((at, look(data[at]).1))
 }
 
 /// File names of an index, each once. They come from the file, so they may not lead out of the folder.
@@ -313,6 +347,7 @@ fn shard_names(index: &Path) -> Result<BTreeSet<String>, CheckpointError> {
 /// A tensor to be written.
 enum Out<'a> {
     F32(Vec<usize>, &'a [f32]),
+    Table(Vec<usize>, &'a Table),
     Scale([u8; 4]),
     Packed([usize; 2], &'a TernaryWeight),
 }
@@ -324,7 +359,7 @@ impl View for Out<'_> {
 
     fn shape(&self) -> &[usize] {
         match self {
-            Self::F32(shape, _) => shape,
+            Self::F32(shape, _) | Self::Table(shape, _) => shape,
             Self::Scale(_) => &[1],
             Self::Packed(shape, _) => shape,
         }
@@ -332,8 +367,9 @@ impl View for Out<'_> {
 
     fn data(&self) -> Cow<'_, [u8]> {
         match self {
-            Self::F32(_, values) if cfg!(target_endian = "little") => bytemuck::cast_slice(values).into(),
-            Self::F32(_, values) => values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into(),
+            Self::F32(_, values) => little_endian(values),
+            Self::Table(_, Table::F32(values)) => little_endian(values),
+            Self::Table(_, halves) => little_endian(&halves.to_f32()).into_owned().into(),
             Self::Scale(bytes) => bytes.as_slice().into(),
             Self::Packed(_, weight) => packing::pack(&weight.unpack(), weight.in_features()).into(),
         }
@@ -342,10 +378,18 @@ impl View for Out<'_> {
     fn data_len(&self) -> usize {
         match self {
             Self::F32(_, values) => size_of_val(*values),
+            Self::Table(_, table) => table.len() * size_of::<f32>(),
             Self::Scale(bytes) => bytes.len(),
             Self::Packed(shape, _) => shape[0] * shape[1],
         }
     }
+}
+
+fn little_endian(values: &[f32]) -> Cow<'_, [u8]> {
+    if cfg!(target_endian = "little") {
+        return bytemuck::cast_slice(values).into();
+    }
+    values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into()
 }
 
 /// Writes a model into a folder, making it where it is missing: `model.safetensors`, then `config.json`.
@@ -373,13 +417,13 @@ pub fn write(
 
 fn outputs(model: &Model) -> Result<Vec<(String, Out<'_>)>, CheckpointError> {
     let (config, weights) = (model.config(), model.weights());
-    let table = vec![config.vocab_size, config.hidden_size];
+    let shape = vec![config.vocab_size, config.hidden_size];
     let mut out = vec![
-        ("model.embed_tokens.weight".to_owned(), Out::F32(table.clone(), &weights.embed_tokens)),
+        ("model.embed_tokens.weight".to_owned(), Out::Table(shape.clone(), &weights.embed_tokens)),
         ("model.norm.weight".to_owned(), Out::F32(vec![config.hidden_size], &weights.norm)),
     ];
     out.extend(
-        weights.lm_head.iter().map(|head| ("lm_head.weight".to_owned(), Out::F32(table.clone(), head))),
+        weights.lm_head.iter().map(|head| ("lm_head.weight".to_owned(), Out::Table(shape.clone(), head))),
     );
     for (index, layer) in weights.layers.iter().enumerate() {
         let at = |name: &str| format!("model.layers.{index}.{name}");

@@ -30,18 +30,20 @@ pub fn pack(codes: &[i8], in_features: usize) -> Vec<u8> {
     bytes
 }
 
-/// Unpacks to ternary codes, row after row.
+/// Unpacks one of `rows` rows to codes `t + 1`: 0, 1, 2, or 3 in a damaged file.
 ///
-/// # Errors
-/// The index of the first weight that has code 3.
-pub fn unpack(bytes: &[u8]) -> Result<Vec<i8>, usize> {
-    let mut codes = Vec::with_capacity(bytes.len() * 4);
-    for shift in [0, 2, 4, 6] {
-        codes.extend(bytes.iter().map(|byte| (byte >> shift & 0b11) as i8 - 1));
-    }
-    match codes.iter().position(|code| *code > 1) {
-        Some(at) => Err(at),
-        None => Ok(codes),
+/// # Panics
+/// If there is no such row, or `bytes` are not `rows / 4` rows as long as `codes`.
+pub fn unpack_row(bytes: &[u8], rows: usize, row: usize, codes: &mut [u8]) {
+    assert!(
+        row < rows && bytes.len() == rows / 4 * codes.len(),
+        "row {row} of {rows} in {} bytes",
+        bytes.len()
+    );
+    let (block, shift) = (row % (rows / 4), 2 * (row / (rows / 4)));
+    let bytes = &bytes[block * codes.len()..];
+    for (code, byte) in codes.iter_mut().zip(bytes) {
+        *code = byte >> shift & 0b11;
     }
 }
 
@@ -63,14 +65,18 @@ mod tests {
         let bytes =
             [0b10_01_00_10, 0b00_01_01_01, 0b01_01_10_00, 0b01_00_10_01, 0b10_01_10_01, 0b10_10_10_01];
         assert_eq!(pack(&codes, 3), bytes);
-        assert_eq!(unpack(&bytes).unwrap(), codes);
+        assert_eq!(unpack(&bytes, 8), codes);
     }
 
-    #[test]
-    fn code_3_is_found_where_it_is() {
-        let mut bytes = vec![0b01_01_01_01; 6];
-        bytes[4] = 0b01_11_01_01;
-        assert_eq!(unpack(&bytes), Err(2 * 6 + 4));
+    fn unpack(bytes: &[u8], rows: usize) -> Vec<i8> {
+        let mut codes = vec![0; bytes.len() * 4];
+        if let Some(columns) = codes.len().checked_div(rows) {
+            codes
+                .chunks_exact_mut(columns)
+                .enumerate()
+                .for_each(|(row, codes)| unpack_row(bytes, rows, row, codes));
+        }
+        codes.into_iter().map(|code| code as i8 - 1).collect()
     }
 
     proptest! {
@@ -79,7 +85,7 @@ mod tests {
             let codes: Vec<i8> = (0..4 * rows * columns)
                 .map(|i| ((seed ^ i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 60) as i8 % 3 - 1)
                 .collect();
-            prop_assert_eq!(unpack(&pack(&codes, columns)).unwrap(), codes);
+            prop_assert_eq!(unpack(&pack(&codes, columns), 4 * rows), codes);
         }
     }
 }

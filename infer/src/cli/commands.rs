@@ -6,12 +6,13 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use infer::bench::{self, BenchOptions, Spread};
+use bitlinear::packed::Layout;
+use infer::bench::{self, BenchOptions, BenchReport, Spread};
 use infer::checkpoint::{hf, write_atomic};
 use infer::eval;
 use infer::generate::{self, GenerateOptions};
 use infer::inspect::Report;
-use infer::model::{KvCache, Logits};
+use infer::model::{KvCache, Logits, Part};
 use infer::sampler::SamplingOptions;
 use infer::tokenizer::Tokenizer;
 use infer::{Model, ModelConfig};
@@ -19,7 +20,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
-use super::{BenchArgs, GenerateArgs, InspectArgs, LogitsArgs, PerplexityArgs};
+use super::{BenchArgs, GenerateArgs, Head, Holding, InspectArgs, LogitsArgs, PerplexityArgs};
 
 /// New tokens where nobody says how many.
 const DEFAULT_NEW_TOKENS: usize = 256;
@@ -56,17 +57,22 @@ fn finish(written: io::Result<()>) -> Result<()> {
     written.and_then(|()| io::stdout().flush()).context("cannot write to stdout")
 }
 
-/// Reads a model's folder; tells where the model is if it is a training run's.
-fn read(folder: &Path) -> Result<Model> {
+/// Reads a model's folder, to be held as asked for; tells where the model is if it is a training run's.
+fn read(folder: &Path, holding: Option<&Holding>) -> Result<Model> {
     let exported = folder.join("export/hf");
     if !folder.join(hf::CONFIG).exists() && exported.join(hf::CONFIG).exists() {
         bail!("this is a training run, not a model; {}; use {}", folder.display(), exported.display());
     }
-    Ok(hf::read(folder)?)
+    let model = hf::read_with(folder, holding.and_then(Holding::layout).unwrap_or_default())?;
+    Ok(if holding.is_some_and(|holding| holding.head == Head::Int8) {
+        model.with_int8_head()?
+    } else {
+        model
+    })
 }
 
 pub fn generate(args: &GenerateArgs, machine: Machine) -> Result<()> {
-    let model = read(&args.model)?;
+    let model = read(&args.model, Some(&args.holding))?;
     let config = model.config();
     let tokenizer = Tokenizer::read(&args.model, config.vocab_size)?;
     let mut prompt = tokenizer.encode(&args.prompt, true)?;
@@ -83,6 +89,7 @@ pub fn generate(args: &GenerateArgs, machine: Machine) -> Result<()> {
             top_p: args.top_p,
             seed: args.seed,
         },
+        kv: args.holding.kv(),
         stop_ids: config.eos_token_ids.clone(),
     };
     let mut stream = tokenizer.stream();
@@ -139,8 +146,8 @@ pub fn generate(args: &GenerateArgs, machine: Machine) -> Result<()> {
 }
 
 pub fn logits(args: &LogitsArgs, machine: Machine) -> Result<()> {
-    let model = read(&args.model)?;
-    let mut cache = KvCache::new(&model, args.ids.len())?;
+    let model = read(&args.model, Some(&args.holding))?;
+    let mut cache = KvCache::with_precision(&model, args.ids.len(), args.holding.kv())?;
     let logits = model.forward(&args.ids, &mut cache, Logits::All)?;
     let shape = vec![args.ids.len(), model.config().vocab_size];
     let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -152,11 +159,11 @@ pub fn logits(args: &LogitsArgs, machine: Machine) -> Result<()> {
 }
 
 pub fn perplexity(args: &PerplexityArgs, machine: Machine) -> Result<()> {
-    let model = read(&args.model)?;
+    let model = read(&args.model, Some(&args.holding))?;
     let (ids, text_bytes) = read_tokens(&args.data, &args.model, model.config())?;
     let context = args.context.unwrap_or(model.config().max_position_embeddings);
     let start = Instant::now();
-    let evaluation = eval::perplexity(&model, &ids, context)
+    let evaluation = eval::perplexity(&model, &ids, context, args.holding.kv())
         .with_context(|| format!("cannot evaluate {}", args.data.display()))?;
     let seconds = start.elapsed().as_secs_f64();
     let bits_per_byte = text_bytes.map(|bytes| evaluation.bits_per_byte(ids.len(), bytes));
@@ -208,47 +215,139 @@ fn read_tokens(data: &Path, model: &Path, config: &ModelConfig) -> Result<(Vec<u
 }
 
 pub fn bench(args: &BenchArgs, machine: Machine) -> Result<()> {
-    let model = match (&args.shape, &args.model) {
+    // Where no layout is asked for, all are tried; the 2-bit one first, so that ties go to it.
+    let layouts = args.holding.layout().map_or(Layout::ALL.to_vec(), |layout| vec![layout]);
+    let mut model = bench_model(args, layouts[0])?;
+    if args.holding.head == Head::Int8 {
+        model = model.with_int8_head()?;
+    }
+    let context = model.config().max_position_embeddings;
+    let prompt_tokens = args.prompt_tokens.unwrap_or(context.div_ceil(2).min(128));
+    let gen_tokens = args.gen_tokens.unwrap_or(context.saturating_sub(prompt_tokens).min(64));
+    let options =
+        BenchOptions { prompt_tokens, gen_tokens, repetitions: args.repetitions, kv: args.holding.kv() };
+    let mut reports = Vec::new();
+    for layout in layouts {
+        model = model.with_layout(layout);
+        reports.push((model.layout(), bench::bench(&model, &options)?));
+        if model.layout().is_none() {
+            break; // nothing ternary: there is no other layout
+        }
+    }
+    let fastest =
+        |a: &(_, BenchReport), b: &(_, BenchReport)| a.1.generation.median.total_cmp(&b.1.generation.median);
+    // The first of equals: `max_by` takes the last.
+    let Some((layout, best)) = reports.iter().rev().max_by(|a, b| fastest(a, b)) else { return Ok(()) };
+    let name = |layout: &Option<Layout>| layout.map_or("none", Layout::name);
+    let common = json!({
+        "parameters": model.config().parameters(), "repetitions": args.repetitions, "layout": name(layout),
+        "head": model.head_precision(), "kv": args.holding.kv().name(), "peak_memory_bytes": bench::peak_memory(),
+    });
+    let mut value = common;
+    for (key, entry) in if args.common.json { bench_json(best, &options) } else { bench_text(best, &options) }
+    {
+        value[key] = entry;
+    }
+    if reports.len() > 1 {
+        value["layouts"] = reports.iter().map(|(layout, report)| layout_row(name(layout), report)).collect();
+    }
+    machine.report(args.common.json, value)
+}
+
+/// The model to measure: read, or made up.
+fn bench_model(args: &BenchArgs, layout: Layout) -> Result<Model> {
+    match (&args.shape, &args.model) {
         (Some(shape), _) => {
             let text = std::fs::read(shape).with_context(|| {
                 format!("cannot read the shape; {}; check that the file exists", shape.display())
             })?;
             let config = ModelConfig::from_json(&text)
                 .with_context(|| format!("the shape cannot be used; {}", shape.display()))?;
-            bench::random_model(&config.0, 0)?
+            Ok(bench::random_model(&config.0, 0, layout)?)
         }
-        (None, Some(model)) => hf::read(model)?,
+        (None, Some(model)) => Ok(hf::read_with(model, layout)?),
         (None, None) => bail!("nothing to measure; bench; give a model's folder or --shape"),
-    };
-    let context = model.config().max_position_embeddings;
-    let prompt_tokens = args.prompt_tokens.unwrap_or(context.div_ceil(2).min(128));
-    let room = context.saturating_sub(prompt_tokens);
-    let gen_tokens = args.gen_tokens.unwrap_or(room.min(64));
-    let report =
-        bench::bench(&model, &BenchOptions { prompt_tokens, gen_tokens, repetitions: args.repetitions })?;
-    let speed = |s: Spread| json!({"median": s.median, "min": s.min, "max": s.max});
-    if args.common.json {
-        let value = json!({
-            "prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens, "repetitions": args.repetitions,
-            "prompt_tokens_per_second": speed(report.prompt), "gen_tokens_per_second": speed(report.generation),
-            "bytes_per_token": report.bytes_per_token, "gigabytes_per_second": report.gigabytes_per_second(),
-            "parameters": model.config().parameters(),
-        });
-        return machine.report(true, value);
     }
+}
+
+fn layout_row(name: &str, report: &BenchReport) -> Value {
+    json!({
+        "layout": name, "prompt_tokens_per_second": report.prompt.median,
+        "gen_tokens_per_second": report.generation.median, "bytes_per_token": report.bytes_per_token,
+    })
+}
+
+/// Bandwidths, in 10^9 bytes a second, of machines that a report speaks of beside this one.
+const OTHER_BANDWIDTHS: [f64; 2] = [200.0, 800.0];
+
+fn bench_json(report: &BenchReport, options: &BenchOptions) -> Vec<(&'static str, Value)> {
+    let speed = |s: Spread| json!({"median": s.median, "min": s.min, "max": s.max});
+    let parts = |parts: &[(Part, f64)]| -> Value {
+        parts
+            .iter()
+            .map(|(part, seconds)| (part.name().to_owned(), json!(seconds)))
+            .collect::<serde_json::Map<_, _>>()
+            .into()
+    };
+    let elsewhere = OTHER_BANDWIDTHS
+        .map(|gb| json!({"gigabytes_per_second": gb, "gen_tokens_per_second": report.generation_at(gb)}));
+    vec![
+        ("prompt_tokens", options.prompt_tokens.into()),
+        ("gen_tokens", options.gen_tokens.into()),
+        ("prompt_tokens_per_second", speed(report.prompt)),
+        ("gen_tokens_per_second", speed(report.generation)),
+        ("bytes_per_token", report.bytes_per_token.into()),
+        ("gigabytes_per_second", report.gigabytes_per_second().into()),
+        ("read_bandwidth", report.read_bandwidth.into()),
+        ("bandwidth_share", report.bandwidth_share().into()),
+        ("gigaoperations_per_second", report.gigaoperations_per_second().into()),
+        ("prompt_seconds_per_token", parts(&report.prompt_parts)),
+        ("gen_seconds_per_token", parts(&report.generation_parts)),
+        ("by_bandwidth", elsewhere.to_vec().into()),
+    ]
+}
+
+fn bench_text(report: &BenchReport, options: &BenchOptions) -> Vec<(&'static str, Value)> {
     let line = |s: Spread| format!("{:.1} tokens/s (min {:.1}, max {:.1})", s.median, s.min, s.max);
-    let value = json!({
-        "parameters": model.config().parameters(),
-        "prompt": format!("{prompt_tokens} tokens, {}", line(report.prompt)),
-        "generation": format!("{gen_tokens} tokens, {}", line(report.generation)),
-        "repetitions": args.repetitions,
-        "weights": format!("{} bytes a token, {:.2} GB/s", report.bytes_per_token, report.gigabytes_per_second()),
-    });
-    machine.report(false, value)
+    let parts = |parts: &[(Part, f64)]| {
+        let total: f64 = parts.iter().map(|(_, seconds)| seconds).sum();
+        let shares =
+            parts.iter().map(|(part, seconds)| format!("{} {:.1} %", part.name(), 100.0 * seconds / total));
+        format!("{:.3} ms: {}", total * 1e3, shares.collect::<Vec<_>>().join(", "))
+    };
+    let elsewhere =
+        OTHER_BANDWIDTHS.map(|gb| format!("{:.1} tokens/s at {gb:.0} GB/s", report.generation_at(gb)));
+    vec![
+        (
+            "prompt",
+            format!(
+                "{} tokens, {}, {:.0} GOP/s",
+                options.prompt_tokens,
+                line(report.prompt),
+                report.gigaoperations_per_second()
+            )
+            .into(),
+        ),
+        ("generation", format!("{} tokens, {}", options.gen_tokens, line(report.generation)).into()),
+        (
+            "weights",
+            format!(
+                "{} bytes a token, {:.2} GB/s, {:.0} % of the {:.2} GB/s that the threads can read",
+                report.bytes_per_token,
+                report.gigabytes_per_second(),
+                100.0 * report.bandwidth_share(),
+                report.read_bandwidth,
+            )
+            .into(),
+        ),
+        ("prompt_token", parts(&report.prompt_parts).into()),
+        ("new_token", parts(&report.generation_parts).into()),
+        ("elsewhere", format!("by the same share of the bandwidth: {}", elsewhere.join(", ")).into()),
+    ]
 }
 
 pub fn inspect(args: &InspectArgs, machine: Machine) -> Result<()> {
-    let report = Report::new(&read(&args.model)?);
+    let report = Report::new(&read(&args.model, None)?);
     if args.common.json {
         let report = serde_json::to_value(&report).context("cannot write the report")?;
         return machine.report(true, report);

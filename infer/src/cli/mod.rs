@@ -11,18 +11,22 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use bitlinear::kernels::{Kernel, KernelError};
-use clap::{ArgGroup, Args, Parser, Subcommand};
+use bitlinear::packed::Layout;
+use bitlinear::pool::{self, Pool};
+use clap::builder::PossibleValuesParser;
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use infer::ModelError;
 use infer::bench::BenchError;
 use infer::eval::EvalError;
 use infer::generate::GenerateError;
+use infer::model::KvPrecision;
 
 /// Most threads that can be asked for.
 const MAX_THREADS: usize = 1024;
 
 /// Runs BitNet b1.58 models on the CPU.
 ///
-/// BITLINEAR_KERNEL=scalar|avx2|avx512vnni|neon|neondot forces a kernel; every report names the one that ran.
+/// BITLINEAR_KERNEL=scalar|avx2|avx512vnni|amx|neon|neondot forces a kernel; every report names the one that ran.
 #[derive(Parser)]
 #[command(name = "infer", version)]
 struct Cli {
@@ -54,6 +58,39 @@ struct Common {
     json: bool,
 }
 
+/// How a model is held in memory.
+#[derive(Args)]
+struct Holding {
+    /// Layout of the ternary weights, in bits a weight: no logit depends on it [default: 2bit; bench tries both]
+    #[arg(long, value_name = "2bit|1.6bit", value_parser = PossibleValuesParser::new(Layout::ALL.map(Layout::name)))]
+    layout: Option<String>,
+    /// The head as it is in the file, or rounded to int8: half the bytes or less, and no longer exact
+    #[arg(long, value_enum, default_value_t = Head::Exact)]
+    head: Head,
+    /// Keys and values as computed, or rounded to f16: half the memory, and no longer exact
+    #[arg(long, value_name = "f32|f16", default_value = "f32",
+        value_parser = PossibleValuesParser::new(KvPrecision::ALL.map(KvPrecision::name)))]
+    kv: String,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Head {
+    Exact,
+    Int8,
+}
+
+impl Holding {
+    /// The layout, if one was asked for.
+    fn layout(&self) -> Option<Layout> {
+        self.layout.as_deref().and_then(Layout::from_name)
+    }
+
+    fn kv(&self) -> KvPrecision {
+        // The parser lets no other name pass.
+        KvPrecision::from_name(&self.kv).unwrap_or_default()
+    }
+}
+
 #[derive(Args)]
 struct GenerateArgs {
     /// Folder with config.json, model.safetensors and tokenizer.json
@@ -77,6 +114,8 @@ struct GenerateArgs {
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
+    holding: Holding,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -91,6 +130,8 @@ struct LogitsArgs {
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     #[command(flatten)]
+    holding: Holding,
+    #[command(flatten)]
     common: Common,
 }
 
@@ -104,6 +145,8 @@ struct PerplexityArgs {
     /// Tokens in a window [default: the model's context]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
+    #[command(flatten)]
+    holding: Holding,
     #[command(flatten)]
     common: Common,
 }
@@ -125,6 +168,8 @@ struct BenchArgs {
     /// How often to measure; the median counts
     #[arg(long, value_name = "R", default_value_t = 5)]
     repetitions: usize,
+    #[command(flatten)]
+    holding: Holding,
     #[command(flatten)]
     common: Common,
 }
@@ -177,7 +222,7 @@ fn run(command: Command) -> Result<()> {
         | Command::Inspect(InspectArgs { common, .. }) => common,
     };
     set_threads(common.threads)?;
-    let machine = commands::Machine { kernel, threads: rayon::current_num_threads() };
+    let machine = commands::Machine { kernel, threads: pool::threads() };
     match command {
         Command::Generate(args) => commands::generate(&args, machine),
         Command::Logits(args) => commands::logits(&args, machine),
@@ -192,10 +237,11 @@ fn set_threads(threads: Option<usize>) -> Result<()> {
     if !(1..=MAX_THREADS).contains(&threads) {
         bail!("cannot compute with {threads} threads; --threads; give 1 to {MAX_THREADS}, or leave it out");
     }
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build_global()
-        .with_context(|| format!("cannot start {threads} threads; --threads; give a smaller number"))
+    let refused = || format!("cannot start {threads} threads; --threads; give a smaller number");
+    // Two pools: rayon's for what comes before and after a model's pass.
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().with_context(refused)?;
+    Pool::set_global(threads).with_context(refused)?;
+    Ok(())
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

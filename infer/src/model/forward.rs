@@ -4,16 +4,16 @@
 //! neither the number of threads nor on the rows beside it, so a prompt read at once, in pieces or token by token
 //! gives the same bits. Long prompts run in pieces of [`CHUNK`] tokens, which bounds the memory between the layers.
 
-use bitlinear::kernels::{self, QuantizedRows};
-use bitlinear::math::{self, Activation, RopeTable};
-use bitlinear::simd_fn;
-use rayon::prelude::*;
+use bitlinear::kernels::{Kernel, QuantizedRows, int8_matmul, matmul_all};
+use bitlinear::math::{self, Activation, RopeTable, Widen};
+use bitlinear::{pool, simd_fn};
 
-use super::{KvCache, Layer, LayerCache, Model, ModelError, Projection};
+use super::cache::LayerCache;
+use super::{KvCache, Layer, Model, ModelError, Part, Parts, Projection, with_table};
 
 /// Tokens that pass the layers at once.
-const CHUNK: usize = 256;
-/// Multiply-adds that are worth a thread of their own.
+const CHUNK: usize = 512;
+/// Multiply-adds that are worth a task of their own.
 const GRAIN: usize = 1 << 15;
 /// Rows that a weight row of a dense product is used for while it is in the first-level cache.
 const ROW_TILE: usize = 4;
@@ -34,8 +34,9 @@ pub enum Logits {
 /// Buffers between the steps of a layer, kept from token to token.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Scratch {
-    rows: QuantizedRows,
-    normed: Vec<f32>,
+    /// Inputs of width `hidden_size`, and those of width `intermediate_size`: of one width each, they stay as they are.
+    hidden: Inputs,
+    inner: Inputs,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -43,7 +44,60 @@ pub(super) struct Scratch {
     out: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
-    inner: Vec<f32>,
+    pub(super) parts: Option<Parts>,
+}
+
+impl Scratch {
+    fn begin(&mut self) {
+        if let Some(parts) = &mut self.parts {
+            parts.begin();
+        }
+    }
+
+    fn end(&mut self, part: Part) {
+        if let Some(parts) = &mut self.parts {
+            parts.end(part);
+        }
+    }
+}
+
+/// What goes into a projection: quantized for ternary weights, as it is for dense ones.
+#[derive(Debug, Clone, Default)]
+struct Inputs {
+    quantized: QuantizedRows,
+    dense: Vec<f32>,
+    columns: usize,
+}
+
+impl Inputs {
+    /// Takes `rows` rows of `columns` values, each written by `make`.
+    fn fill(
+        &mut self,
+        quantized: bool,
+        rows: usize,
+        columns: usize,
+        make: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        self.columns = columns;
+        if quantized {
+            self.quantized.fill_with(rows, columns, make);
+        } else {
+            self.dense.resize(rows * columns, 0.0);
+            for_chunks(&mut self.dense, columns, columns * 4, make);
+        }
+    }
+
+    /// Products with several weights, all ternary or all dense; the ternary ones share one dispatch.
+    fn project<const N: usize>(&self, products: [(&Projection, &mut [f32]); N]) -> Result<(), ModelError> {
+        let mut ternary = Vec::with_capacity(N);
+        for (weight, out) in products {
+            match weight {
+                Projection::Ternary(weight) => ternary.push((weight, out)),
+                Projection::Dense(weight) => dense(&self.dense, self.columns, weight, out),
+            }
+        }
+        Ok(matmul_all(Kernel::active()?, &self.quantized, &mut ternary)?)
+    }
 }
 
 impl Model {
@@ -63,12 +117,13 @@ impl Model {
             rest -= chunk.len();
             let hidden = self.advance(chunk, cache)?;
             match which {
-                Logits::All => logits.extend(self.logits(&hidden)),
+                Logits::All => logits.extend(self.logits(&hidden)?),
                 Logits::Last if rest == 0 => {
-                    logits = self.logits(&hidden[hidden.len() - self.config.hidden_size..]);
+                    logits = self.logits(&hidden[hidden.len() - self.config.hidden_size..])?;
                 }
                 Logits::Last | Logits::None => {}
             }
+            cache.scratch.end(Part::Head);
         }
         Ok(logits)
     }
@@ -93,11 +148,17 @@ impl Model {
     ///
     /// # Shapes
     /// `[tokens, hidden_size] -> [tokens, vocab_size]`
-    pub fn logits(&self, hidden: &[f32]) -> Vec<f32> {
-        let rows = hidden.len() / self.config.hidden_size;
-        let mut logits = vec![0.0; rows * self.config.vocab_size];
-        dense(hidden, self.config.hidden_size, self.head(), &mut logits);
-        logits
+    ///
+    /// # Errors
+    /// No kernel can run.
+    pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>, ModelError> {
+        let width = self.config.hidden_size;
+        let mut logits = vec![0.0; hidden.len() / width * self.config.vocab_size];
+        match &self.int8_head {
+            Some(head) => int8_matmul(Kernel::active()?, hidden, head, &mut logits)?,
+            None => with_table!(self.head(), head => dense(hidden, width, head, &mut logits)),
+        }
+        Ok(logits)
     }
 
     fn check(&self, ids: &[u32], cache: &KvCache) -> Result<(), ModelError> {
@@ -122,24 +183,26 @@ impl Model {
     /// Takes checked ids through all layers and the last norm.
     fn advance(&self, ids: &[u32], cache: &mut KvCache) -> Result<Vec<f32>, ModelError> {
         let KvCache { capacity, len, rope, layers, scratch, .. } = cache;
+        scratch.begin();
         if rope.positions() < *len + ids.len() {
             let positions = (*len + ids.len()).next_power_of_two().min(*capacity);
             *rope = RopeTable::new(self.config.head_dim, positions, self.config.rope_theta);
         }
         let width = self.config.hidden_size;
-        let embed = &self.weights.embed_tokens;
-        let mut x: Vec<f32> = Vec::with_capacity(ids.len() * width);
-        for id in ids {
-            x.extend_from_slice(&embed[*id as usize * width..][..width]);
+        let mut x = vec![0.0; ids.len() * width];
+        for (id, x) in ids.iter().zip(x.chunks_exact_mut(width)) {
+            self.weights.embed_tokens.row(*id as usize, x);
         }
+        scratch.end(Part::Other);
         for (layer, cache) in self.weights.layers.iter().zip(layers) {
             self.attention_block(layer, cache, rope, *len, &mut x, scratch)?;
             self.mlp_block(layer, &mut x, scratch)?;
         }
         *len += ids.len();
-        let mut normed = Vec::new();
-        self.norm(&x, &self.weights.norm, &mut normed);
-        Ok(normed)
+        let (norm, eps) = (&self.weights.norm, self.config.rms_norm_eps);
+        for_chunks(&mut x, width, width * 4, |_, x| norm_in_place(x, norm, eps));
+        scratch.end(Part::NormQuantize);
+        Ok(x)
     }
 
     /// `x += o_proj(sub_norm(attention(norm(x))))`, for the tokens from position `start` on.
@@ -152,107 +215,99 @@ impl Model {
         x: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<(), ModelError> {
-        let Scratch { rows, normed, q, k, v, mixed, out, .. } = scratch;
-        let (hidden, width, kv_width) =
-            (self.config.hidden_size, self.config.attention_width(), self.config.kv_width());
+        let (config, eps) = (&self.config, self.config.rms_norm_eps);
+        let (hidden, width, kv_width) = (config.hidden_size, config.attention_width(), config.kv_width());
         let tokens = x.len() / hidden;
-        self.norm(x, &layer.input_layernorm, normed);
-        let projections = [
-            (&layer.q_proj, resized(q, tokens * width)),
-            (&layer.k_proj, resized(k, tokens * kv_width)),
-            (&layer.v_proj, resized(v, tokens * kv_width)),
-        ];
-        project(normed, hidden, rows, projections)?;
-        for (rotated, width) in [(&mut *q, width), (&mut *k, kv_width)] {
+        scratch.hidden.fill(config.quantized, tokens, hidden, |t, out| {
+            norm_row(&x[t * hidden..][..hidden], &layer.input_layernorm, eps, out);
+        });
+        scratch.end(Part::NormQuantize);
+        scratch.hidden.project([
+            (&layer.q_proj, resized(&mut scratch.q, tokens * width)),
+            (&layer.k_proj, resized(&mut scratch.k, tokens * kv_width)),
+            (&layer.v_proj, resized(&mut scratch.v, tokens * kv_width)),
+        ])?;
+        scratch.end(Part::Qkv);
+        for (rotated, width) in [(&mut scratch.q, width), (&mut scratch.k, kv_width)] {
             for_chunks(rotated, width, width * 4, |t, row| rotate_row(rope, start + t, row));
         }
-        // What a failed call may have left behind the end goes.
-        cache.keys.truncate(start * kv_width);
-        cache.values.truncate(start * kv_width);
-        cache.keys.extend_from_slice(k);
-        cache.values.extend_from_slice(v);
-        self.attention(q, cache, start, resized(mixed, tokens * width));
-        let input = match &layer.attn_sub_norm {
-            Some(weight) => {
-                self.norm(mixed, weight, normed);
-                &*normed
+        cache.append(start * kv_width, &scratch.k, &scratch.v);
+        scratch.end(Part::Other);
+        let mixed = resized(&mut scratch.mixed, tokens * width);
+        match cache {
+            LayerCache::F32 { keys, values } => self.attention(&scratch.q, keys, values, start, mixed),
+            LayerCache::F16 { keys, values } => self.attention(&scratch.q, keys, values, start, mixed),
+        }
+        scratch.end(Part::Attention);
+        let mixed = &scratch.mixed;
+        // As wide as the residual stream where there is a sub-norm, and nearly always.
+        scratch.hidden.fill(config.quantized, tokens, width, |t, out| {
+            let row = &mixed[t * width..][..width];
+            match &layer.attn_sub_norm {
+                Some(weight) => norm_row(row, weight, eps, out),
+                None => out.copy_from_slice(row),
             }
-            None => &*mixed,
-        };
-        project(input, width, rows, [(&layer.o_proj, resized(out, x.len()))])?;
-        add(x, out);
+        });
+        scratch.end(Part::NormQuantize);
+        scratch.hidden.project([(&layer.o_proj, resized(&mut scratch.out, x.len()))])?;
+        scratch.end(Part::Output);
+        add(x, &scratch.out);
+        scratch.end(Part::Other);
         Ok(())
     }
 
     /// `mixed[t, h] = softmax(q[t, h] · keys[..= t] / sqrt(head_dim)) · values[..= t]`, each head with its group's keys.
-    fn attention(&self, q: &[f32], cache: &LayerCache, start: usize, mixed: &mut [f32]) {
-        let (heads, head_dim) = (self.config.num_attention_heads, self.config.head_dim);
-        let (group, stride) = (heads / self.config.num_key_value_heads, self.config.kv_width());
-        let longest = start + mixed.len() / (heads * head_dim);
-        for_chunks(mixed, head_dim, longest * head_dim * 2, |index, out| {
-            let (token, head) = (index / heads, index % heads);
-            let offset = head / group * head_dim;
-            let query = &q[index * head_dim..][..head_dim];
-            let (keys, values) = (&cache.keys[offset..], &cache.values[offset..]);
-            attend(query, keys, values, stride, &mut vec![0.0; start + token + 1], out);
+    fn attention<T: Widen>(&self, q: &[f32], keys: &[T], values: &[T], start: usize, mixed: &mut [f32]) {
+        let (groups, head_dim) = (self.config.num_key_value_heads, self.config.head_dim);
+        let (group_width, stride) = (self.config.attention_width() / groups, self.config.kv_width());
+        let tokens = mixed.len() / (groups * group_width);
+        // All heads of a group share keys and values; where that leaves too few tasks, each head has one of its own.
+        let shared =
+            tokens * groups >= 4 * pool::threads() || groups * head_dim == self.config.attention_width();
+        let width = if shared { group_width } else { head_dim };
+        let cost = (start + tokens) * width * 2;
+        for_chunks(mixed, width, cost, |index, out| {
+            let first = index * width;
+            let token = first / (groups * group_width);
+            let offset = first % (groups * group_width) / group_width * head_dim;
+            let mut weights = vec![0.0; (start + token + 1) * (width / head_dim)];
+            let (keys, values) = (&keys[offset..], &values[offset..]);
+            attend(&q[first..][..width], head_dim, keys, values, stride, &mut weights, out);
         });
     }
 
     /// `x += down_proj(sub_norm(act(gate_proj(norm(x))) * up_proj(norm(x))))`
     fn mlp_block(&self, layer: &Layer, x: &mut [f32], scratch: &mut Scratch) -> Result<(), ModelError> {
-        let Scratch { rows, normed, out, gate, up, inner, .. } = scratch;
-        let (hidden, width, act) =
-            (self.config.hidden_size, self.config.intermediate_size, self.config.hidden_act);
-        let len = x.len() / hidden * width;
-        self.norm(x, &layer.post_attention_layernorm, normed);
-        let projections = [(&layer.gate_proj, resized(gate, len)), (&layer.up_proj, resized(up, len))];
-        project(normed, hidden, rows, projections)?;
-        for_chunks(resized(inner, len), width, width * 16, |t, out| {
-            let (gate, up) = (&gate[t * width..][..width], &up[t * width..][..width]);
-            gate_row(act, gate, up, out);
+        let (config, eps, act) = (&self.config, self.config.rms_norm_eps, self.config.hidden_act);
+        let (hidden, width) = (config.hidden_size, config.intermediate_size);
+        let tokens = x.len() / hidden;
+        scratch.hidden.fill(config.quantized, tokens, hidden, |t, out| {
+            norm_row(&x[t * hidden..][..hidden], &layer.post_attention_layernorm, eps, out);
         });
-        let input = match &layer.ffn_sub_norm {
-            Some(weight) => {
-                self.norm(inner, weight, normed);
-                &*normed
+        scratch.end(Part::NormQuantize);
+        scratch.hidden.project([
+            (&layer.gate_proj, resized(&mut scratch.gate, tokens * width)),
+            (&layer.up_proj, resized(&mut scratch.up, tokens * width)),
+        ])?;
+        scratch.end(Part::GateUp);
+        let (gate, up) = (&scratch.gate, &scratch.up);
+        scratch.inner.fill(config.quantized, tokens, width, |t, out| {
+            gate_row(act, &gate[t * width..][..width], &up[t * width..][..width], out);
+            if let Some(weight) = &layer.ffn_sub_norm {
+                norm_in_place(out, weight, eps);
             }
-            None => &*inner,
-        };
-        project(input, width, rows, [(&layer.down_proj, resized(out, x.len()))])?;
-        add(x, out);
+        });
+        scratch.end(Part::NormQuantize);
+        scratch.inner.project([(&layer.down_proj, resized(&mut scratch.out, x.len()))])?;
+        scratch.end(Part::Down);
+        add(x, &scratch.out);
+        scratch.end(Part::Other);
         Ok(())
     }
-
-    /// RMSNorm of every row.
-    fn norm(&self, x: &[f32], weight: &[f32], out: &mut Vec<f32>) {
-        let (width, eps) = (weight.len(), self.config.rms_norm_eps);
-        for_chunks(resized(out, x.len()), width, width * 4, |t, out| {
-            norm_row(&x[t * width..][..width], weight, eps, out);
-        });
-    }
-}
-
-/// Products of rows of activations with several weights; the ternary ones share one quantization of the rows.
-fn project<const N: usize>(
-    x: &[f32],
-    columns: usize,
-    rows: &mut QuantizedRows,
-    products: [(&Projection, &mut [f32]); N],
-) -> Result<(), ModelError> {
-    if products.iter().any(|(weight, _)| matches!(weight, Projection::Ternary(_))) {
-        rows.fill(x, columns);
-    }
-    for (weight, out) in products {
-        match weight {
-            Projection::Ternary(weight) => kernels::matmul(rows, weight, out)?,
-            Projection::Dense(weight) => dense(x, columns, weight, out),
-        }
-    }
-    Ok(())
 }
 
 /// `out[r, o] = weight[o] · x[r]`, with `weight` `[outs, columns]` and `x` `[rows, columns]`.
-fn dense(x: &[f32], columns: usize, weight: &[f32], out: &mut [f32]) {
+fn dense<T: Widen>(x: &[f32], columns: usize, weight: &[T], out: &mut [f32]) {
     let outs = weight.len() / columns;
     if x.len() == columns {
         for_chunks(out, OUT_TILE, OUT_TILE * columns, |tile, out| {
@@ -269,7 +324,7 @@ fn dense(x: &[f32], columns: usize, weight: &[f32], out: &mut [f32]) {
 
 simd_fn! {
     /// A part of [`dense`]: whole rows of `x` with whole rows of `weight`, each of which then serves all rows of `x`.
-    fn dense_tile(x: &[f32], columns: usize, weight: &[f32], out: &mut [f32]) {
+    fn dense_tile<T: Widen>(x: &[f32], columns: usize, weight: &[T], out: &mut [f32]) {
         let outs = weight.len() / columns;
         for (o, weight) in weight.chunks_exact(columns).enumerate() {
             for (x, out) in x.chunks_exact(columns).zip(out.chunks_exact_mut(outs)) {
@@ -286,6 +341,12 @@ simd_fn! {
 }
 
 simd_fn! {
+    fn norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+        math::rms_norm_in_place(x, weight, eps)
+    }
+}
+
+simd_fn! {
     fn rotate_row(rope: &RopeTable, position: usize, row: &mut [f32]) {
         rope.rotate(position, row)
     }
@@ -298,18 +359,31 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// One head of one token; `weights` has room for one of each position up to the token's own.
-    fn attend(query: &[f32], keys: &[f32], values: &[f32], stride: usize, weights: &mut [f32], out: &mut [f32]) {
-        math::attention_weights(query, keys, stride, weights);
-        math::weighted_sum(weights, values, stride, out);
+    /// [`math::attention`], compiled for each instruction set.
+    fn attend<T: Widen>(
+        queries: &[f32],
+        head_dim: usize,
+        keys: &[T],
+        values: &[T],
+        stride: usize,
+        weights: &mut [f32],
+        out: &mut [f32],
+    ) {
+        math::attention(queries, head_dim, keys, values, stride, weights, out)
+    }
+}
+
+simd_fn! {
+    fn add_row(x: &mut [f32], y: &[f32]) {
+        for (x, y) in x.iter_mut().zip(y) {
+            *x += y;
+        }
     }
 }
 
 /// `x += y`
 fn add(x: &mut [f32], y: &[f32]) {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
-    }
+    for_chunks(x, GRAIN, GRAIN, |index, x| add_row(x, &y[index * GRAIN..]));
 }
 
 /// The buffer at a given length; what it held before is of no interest.
@@ -321,11 +395,8 @@ fn resized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 /// Calls `work(i, chunk i)` for every chunk of `width` values, each worth `cost` multiply-adds: on several threads
 /// where that pays. `width` is a size of a valid config, so it is not zero.
 fn for_chunks(out: &mut [f32], width: usize, cost: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
-    let least = (GRAIN / cost.max(1)).max(1);
-    if out.len() / width <= least {
-        out.chunks_mut(width).enumerate().for_each(|(index, chunk)| work(index, chunk));
-    } else {
-        let chunks = out.par_chunks_mut(width).enumerate().with_min_len(least);
-        chunks.for_each(|(index, chunk)| work(index, chunk));
-    }
+    let at_once = (GRAIN / cost.max(1)).max(1);
+    pool::for_chunks(out, width * at_once, |first, out| {
+        out.chunks_mut(width).enumerate().for_each(|(index, chunk)| work(first * at_once + index, chunk));
+    });
 }

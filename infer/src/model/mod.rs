@@ -3,16 +3,20 @@
 //! The forward pass is in [`forward`](Model::forward). Every shape is checked once, when the model is built, so that
 //! the arithmetic afterwards has nothing left to check but the token ids and the room in the cache.
 
+mod cache;
 mod data;
 mod forward;
+mod parts;
 
-use bitlinear::kernels::KernelError;
-use bitlinear::math::RopeTable;
-use bitlinear::packed::TernaryWeight;
+use bitlinear::kernels::{Int8Weight, KernelError};
+use bitlinear::packed::{Layout, TernaryWeight};
 
 use crate::config::{ConfigError, ModelConfig};
-pub use data::F32Data;
+pub use cache::{KvCache, KvPrecision};
+pub(crate) use data::with_table;
+pub use data::{Data, F32Data, Table};
 pub use forward::Logits;
+pub use parts::{Part, Parts};
 
 /// What a model refuses.
 #[derive(Debug, thiserror::Error)]
@@ -135,6 +139,11 @@ impl Layer {
         [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]
     }
 
+    fn projections_mut(&mut self) -> [&mut Projection; 7] {
+        let Self { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, .. } = self;
+        [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]
+    }
+
     /// Name, weight and width of every norm.
     pub fn norms(&self, config: &ModelConfig) -> [(&'static str, Option<&F32Data>, usize); 4] {
         let (hidden, width) = (config.hidden_size, config.intermediate_size);
@@ -151,13 +160,13 @@ impl Layer {
 #[derive(Debug, Clone)]
 pub struct Weights {
     /// `[vocab_size, hidden_size]`
-    pub embed_tokens: F32Data,
+    pub embed_tokens: Table,
     /// One entry a layer.
     pub layers: Vec<Layer>,
     /// The last norm, `[hidden_size]`.
     pub norm: F32Data,
     /// `[vocab_size, hidden_size]`; `None` where the head is tied to the embedding.
-    pub lm_head: Option<F32Data>,
+    pub lm_head: Option<Table>,
 }
 
 /// A model that can run: config and weights that fit each other.
@@ -165,6 +174,8 @@ pub struct Weights {
 pub struct Model {
     config: ModelConfig,
     weights: Weights,
+    /// The head at eight bits, in place of the exact one.
+    int8_head: Option<Int8Weight>,
 }
 
 impl Model {
@@ -175,9 +186,10 @@ impl Model {
     pub fn new(config: ModelConfig, weights: Weights) -> Result<Self, ModelError> {
         config.validate()?;
         let table = [config.vocab_size, config.hidden_size];
-        check_len("model.embed_tokens.weight", Some(&weights.embed_tokens), true, &table)?;
-        check_len("model.norm.weight", Some(&weights.norm), true, &[config.hidden_size])?;
-        check_len("lm_head.weight", weights.lm_head.as_ref(), !config.tie_word_embeddings, &table)?;
+        let head = weights.lm_head.as_ref().map(Table::len);
+        check_len("model.embed_tokens.weight", Some(weights.embed_tokens.len()), true, &table)?;
+        check_len("model.norm.weight", Some(weights.norm.len()), true, &[config.hidden_size])?;
+        check_len("lm_head.weight", head, !config.tie_word_embeddings, &table)?;
         if weights.layers.len() != config.num_hidden_layers {
             return Err(ModelError::Shape {
                 tensor: "model.layers".into(),
@@ -188,14 +200,40 @@ impl Model {
         for (index, layer) in weights.layers.iter().enumerate() {
             for (name, norm, width) in layer.norms(&config) {
                 let wanted = config.sub_norm || !name.contains("sub_norm");
-                check_len(&format!("model.layers.{index}.{name}.weight"), norm, wanted, &[width])?;
+                let len = norm.map(|norm| norm.len());
+                check_len(&format!("model.layers.{index}.{name}.weight"), len, wanted, &[width])?;
             }
             for ((name, rows, columns), projection) in config.projections().iter().zip(layer.projections()) {
                 let name = format!("model.layers.{index}.{name}.weight");
                 check_projection(&name, projection, config.quantized, *rows, *columns)?;
             }
         }
-        Ok(Self { config, weights })
+        Ok(Self { config, weights, int8_head: None })
+    }
+
+    /// The same model with its ternary weights in another layout; the results are the same bit for bit.
+    pub fn with_layout(mut self, layout: Layout) -> Self {
+        for layer in &mut self.weights.layers {
+            for projection in layer.projections_mut() {
+                if let Projection::Ternary(weight) = projection
+                    && weight.layout() != layout
+                {
+                    *weight = weight.with_layout(layout);
+                }
+            }
+        }
+        self
+    }
+
+    /// The same model with its head at eight bits a weight ([`Int8Weight`]): smaller and faster, and no longer exact.
+    ///
+    /// # Errors
+    /// The rows of the head are too long.
+    pub fn with_int8_head(mut self) -> Result<Self, ModelError> {
+        let head = self.head();
+        let (vocab_size, hidden) = (self.config.vocab_size, self.config.hidden_size);
+        self.int8_head = Some(Int8Weight::quantize(vocab_size, hidden, |row, out| head.row(row, out))?);
+        Ok(self)
     }
 
     /// Sizes and options.
@@ -209,23 +247,47 @@ impl Model {
     }
 
     /// The head's weight, `[vocab_size, hidden_size]`.
-    pub fn head(&self) -> &[f32] {
+    pub fn head(&self) -> &Table {
         self.weights.lm_head.as_ref().unwrap_or(&self.weights.embed_tokens)
+    }
+
+    /// Precision of the head that runs: `f32`, `bf16`, `f16` or `int8`.
+    pub fn head_precision(&self) -> &'static str {
+        if self.int8_head.is_some() { "int8" } else { self.head().precision() }
+    }
+
+    /// Layout of the ternary weights, if the model has any.
+    pub fn layout(&self) -> Option<Layout> {
+        self.weights.layers.iter().flat_map(Layer::projections).find_map(|projection| match projection {
+            Projection::Ternary(weight) => Some(weight.layout()),
+            Projection::Dense(_) => None,
+        })
+    }
+
+    /// Bytes of weights that one new token reads: projections, norms and the head that runs.
+    pub fn bytes_per_token(&self) -> usize {
+        let layers = self.weights.layers.iter().map(|layer| {
+            let norms = layer.norms(&self.config).into_iter().filter_map(|(_, norm, _)| norm);
+            let norms = norms.map(|norm| size_of_val(&**norm)).sum::<usize>();
+            layer.projections().iter().map(|p| p.bytes()).sum::<usize>() + norms
+        });
+        let head = self.int8_head.as_ref().map_or_else(|| self.head().bytes(), Int8Weight::bytes);
+        layers.sum::<usize>() + size_of_val(&*self.weights.norm) + head
     }
 }
 
-fn check_len(name: &str, data: Option<&F32Data>, wanted: bool, shape: &[usize]) -> Result<(), ModelError> {
+fn check_len(name: &str, len: Option<usize>, wanted: bool, shape: &[usize]) -> Result<(), ModelError> {
     let tensor = || name.to_owned();
-    match (data, wanted) {
+    match (len, wanted) {
         (None, false) => Ok(()),
         (None, true) => Err(ModelError::Kind { tensor: tensor(), expected: "there", found: "missing" }),
         (Some(_), false) => Err(ModelError::Kind { tensor: tensor(), expected: "none", found: "there" }),
         // The product cannot overflow: ModelConfig::validate counts all parameters.
-        (Some(data), true) if data.len() == shape.iter().product::<usize>() => Ok(()),
-        (Some(data), true) => Err(ModelError::Shape {
+        (Some(len), true) if len == shape.iter().product::<usize>() => Ok(()),
+        (Some(len), true) => Err(ModelError::Shape {
             tensor: tensor(),
             expected: format!("{shape:?}"),
-            found: data.len().to_string(),
+            found: len.to_string(),
         }),
     }
 }
@@ -249,72 +311,11 @@ fn check_projection(
                 found: format!("[{}, {}]", weight.out_features(), weight.in_features()),
             })
         }
-        Projection::Dense(data) if !quantized => check_len(name, Some(data), true, &[rows, columns]),
+        Projection::Dense(data) if !quantized => check_len(name, Some(data.len()), true, &[rows, columns]),
         _ => Err(ModelError::Kind {
             tensor: name.to_owned(),
             expected: kind(quantized),
             found: kind(!quantized),
         }),
-    }
-}
-
-/// Keys and values of the tokens that a model has read, a layer at a time; it grows with the text, up to its capacity.
-#[derive(Debug, Clone)]
-pub struct KvCache {
-    capacity: usize,
-    len: usize,
-    rope: RopeTable,
-    /// `(hidden_size, kv_width, head_dim)` of the model it was made for.
-    shape: (usize, usize, usize),
-    layers: Vec<LayerCache>,
-    scratch: forward::Scratch,
-}
-
-/// Keys and values of one layer, each `[tokens, kv_width]`.
-#[derive(Debug, Clone, Default)]
-struct LayerCache {
-    keys: Vec<f32>,
-    values: Vec<f32>,
-}
-
-impl KvCache {
-    /// An empty cache with room for `capacity` tokens.
-    ///
-    /// # Errors
-    /// The capacity is beyond the model's `max_position_embeddings`.
-    pub fn new(model: &Model, capacity: usize) -> Result<Self, ModelError> {
-        let config = model.config();
-        let limit = config.max_position_embeddings;
-        if capacity > limit {
-            return Err(ModelError::Context { capacity, limit });
-        }
-        Ok(Self {
-            capacity,
-            len: 0,
-            rope: RopeTable::new(config.head_dim, 0, config.rope_theta),
-            shape: Self::shape(config),
-            layers: vec![LayerCache::default(); config.num_hidden_layers],
-            scratch: forward::Scratch::default(),
-        })
-    }
-
-    fn shape(config: &ModelConfig) -> (usize, usize, usize) {
-        (config.hidden_size, config.kv_width(), config.head_dim)
-    }
-
-    /// Tokens in the cache.
-    #[expect(clippy::len_without_is_empty, reason = "nobody asks whether it is empty")]
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Tokens that it has room for.
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// Forgets all but the first `len` tokens; does nothing if there are no more than that.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
     }
 }

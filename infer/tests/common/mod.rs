@@ -6,7 +6,7 @@ use std::path::Path;
 use bitlinear::math::Activation;
 use bitlinear::packed::TernaryWeight;
 use infer::ModelConfig;
-use infer::model::{F32Data, Layer, Model, Projection, Weights};
+use infer::model::{F32Data, Layer, Model, Projection, Table, Weights};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -96,7 +96,7 @@ pub fn model(config: &ModelConfig, seed: u64) -> Model {
         })
         .collect();
     let norm = norm(config.hidden_size);
-    let mut table = || F32Data::from(values(&mut rng, config.vocab_size * config.hidden_size, 0.0, 0.5));
+    let mut table = || Table::from(values(&mut rng, config.vocab_size * config.hidden_size, 0.0, 0.5));
     let embed_tokens = table();
     let lm_head = (!config.tie_word_embeddings).then(table);
     Model::new(config.clone(), Weights { embed_tokens, layers, norm, lm_head }).unwrap()

@@ -1,0 +1,146 @@
+//! What a text leaves behind: keys and values of its tokens, and the buffers that one token after the other uses.
+
+use bitlinear::math::RopeTable;
+use half::f16;
+
+use super::parts::Parts;
+use super::{Model, ModelError, forward};
+use crate::config::ModelConfig;
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvPrecision {
+    /// As they were computed: the model gives the logits that it was trained to give.
+    #[default]
+    F32,
+    /// Rounded to f16: half the memory, and faster over long contexts; logits change in the fourth digit.
+    F16,
+}
+
+impl KvPrecision {
+    /// Both precisions.
+    pub const ALL: [Self; 2] = [Self::F32, Self::F16];
+
+    /// Its name: `f32` or `f16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+        }
+    }
+
+    /// The precision of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|precision| precision.name() == name)
+    }
+}
+
+/// Keys and values of the tokens that a model has read, a layer at a time; it grows with the text, up to its capacity.
+#[derive(Debug, Clone)]
+pub struct KvCache {
+    pub(super) capacity: usize,
+    pub(super) len: usize,
+    pub(super) rope: RopeTable,
+    /// `(hidden_size, kv_width, head_dim)` of the model it was made for.
+    pub(super) shape: (usize, usize, usize),
+    pub(super) layers: Vec<LayerCache>,
+    pub(super) scratch: forward::Scratch,
+}
+
+/// Keys and values of one layer, each `[tokens, kv_width]`.
+#[derive(Debug, Clone)]
+pub(super) enum LayerCache {
+    F32 { keys: Vec<f32>, values: Vec<f32> },
+    F16 { keys: Vec<f16>, values: Vec<f16> },
+}
+
+impl LayerCache {
+    fn new(precision: KvPrecision) -> Self {
+        match precision {
+            KvPrecision::F32 => Self::F32 { keys: Vec::new(), values: Vec::new() },
+            KvPrecision::F16 => Self::F16 { keys: Vec::new(), values: Vec::new() },
+        }
+    }
+
+    /// Puts new keys and values behind the first `start` ones. What a failed call may have left there goes.
+    pub(super) fn append(&mut self, start: usize, new_keys: &[f32], new_values: &[f32]) {
+        match self {
+            Self::F32 { keys, values } => {
+                keys.truncate(start);
+                values.truncate(start);
+                keys.extend_from_slice(new_keys);
+                values.extend_from_slice(new_values);
+            }
+            Self::F16 { keys, values } => {
+                keys.truncate(start);
+                values.truncate(start);
+                keys.extend(new_keys.iter().map(|x| f16::from_f32(*x)));
+                values.extend(new_values.iter().map(|x| f16::from_f32(*x)));
+            }
+        }
+    }
+}
+
+impl KvCache {
+    /// An empty cache with room for `capacity` tokens, with keys and values as computed.
+    ///
+    /// # Errors
+    /// The capacity is beyond the model's `max_position_embeddings`.
+    pub fn new(model: &Model, capacity: usize) -> Result<Self, ModelError> {
+        Self::with_precision(model, capacity, KvPrecision::F32)
+    }
+
+    /// An empty cache of a given precision.
+    ///
+    /// # Errors
+    /// The capacity is beyond the model's `max_position_embeddings`.
+    pub fn with_precision(
+        model: &Model,
+        capacity: usize,
+        precision: KvPrecision,
+    ) -> Result<Self, ModelError> {
+        let config = model.config();
+        let limit = config.max_position_embeddings;
+        if capacity > limit {
+            return Err(ModelError::Context { capacity, limit });
+        }
+        Ok(Self {
+            capacity,
+            len: 0,
+            rope: RopeTable::new(config.head_dim, 0, config.rope_theta),
+            shape: Self::shape(config),
+            layers: vec![LayerCache::new(precision); config.num_hidden_layers],
+            scratch: forward::Scratch::default(),
+        })
+    }
+
+    pub(super) fn shape(config: &ModelConfig) -> (usize, usize, usize) {
+        (config.hidden_size, config.kv_width(), config.head_dim)
+    }
+
+    /// Tokens in the cache.
+    #[expect(clippy::len_without_is_empty, reason = "nobody asks whether it is empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Tokens that it has room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Forgets all but the first `len` tokens; does nothing if there are no more than that.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// Starts to measure what the parts of a pass take, or starts again.
+    pub fn start_clock(&mut self) {
+        self.scratch.parts = Some(Parts::default());
+    }
+
+    /// What has been measured since [`KvCache::start_clock`]; `None` if it never was called.
+    pub fn parts(&self) -> Option<&Parts> {
+        self.scratch.parts.as_ref()
+    }
+}
