@@ -9,17 +9,31 @@
 /// Lanes of a sum: one AVX-512 register, two of AVX2, four of NEON.
 const LANES: usize = 16;
 
-/// Adds up lanes in a fixed tree.
+/// Adds up lanes in a fixed tree, halves with halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+///
+/// By hand where every processor of an architecture has vectors of four: from the plain form below, compilers make single
+/// additions, and take the vectors of the loop before them apart to match.
 #[inline(always)]
-fn reduce(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
-        }
-        width /= 2;
+#[cfg(target_arch = "x86_64")]
+fn reduce(lanes: [f32; LANES]) -> f32 {
+    use std::arch::x86_64::*;
+    let (quarters, _) = lanes.as_chunks::<4>();
+    // SAFETY: SSE, which x86-64 always has; each load is of one of the four arrays of 16 bytes.
+    unsafe {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|i| _mm_loadu_ps(quarters[i].as_ptr()));
+        let four = _mm_add_ps(_mm_add_ps(a, c), _mm_add_ps(b, d));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<0b01>(two, two)))
     }
-    lanes[0]
+}
+
+/// Adds up lanes in a fixed tree, halves with halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+#[inline(always)]
+#[cfg(not(target_arch = "x86_64"))]
+fn reduce(lanes: [f32; LANES]) -> f32 {
+    let eight: [f32; 8] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + 8]);
+    let four: [f32; 4] = std::array::from_fn(|lane| eight[lane] + eight[lane + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// A stored number that is computed with as f32; every f16 and bf16 value is one.
@@ -57,19 +71,70 @@ impl Widen for half::f16 {
 /// `Σ a_i * b_i`; elements beyond the shorter slice are left out.
 #[inline(always)]
 pub fn dot<T: Widen>(a: &[T], b: &[f32]) -> f32 {
+    reduce(lane_sums(a, b))
+}
+
+/// The sums of a [`dot`] before its lanes are added up.
+#[inline(always)]
+fn lane_sums<T: Widen>(a: &[T], b: &[f32]) -> [f32; LANES] {
     let len = a.len().min(b.len());
     let (a, a_rest) = a[..len].as_chunks::<LANES>();
     let (b, b_rest) = b[..len].as_chunks::<LANES>();
     let mut lanes = [0f32; LANES];
+    if !a_rest.is_empty() {
+        for (lane, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+            *lane = a.widen() * b;
+        }
+        lanes = through_memory(lanes);
+    }
     for (a, b) in a.iter().zip(b) {
         for lane in 0..LANES {
             lanes[lane] = a[lane].widen().mul_add(b[lane], lanes[lane]);
         }
     }
-    for (lane, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        lanes[lane] = a.widen().mul_add(*b, lanes[lane]);
+    lanes
+}
+
+/// The same lanes. A compiler that sees how single lanes are made or used, and the loop beside that, takes the loop's
+/// vectors apart to match, and is several times slower; it cannot see through this.
+#[inline(always)]
+fn through_memory(lanes: [f32; LANES]) -> [f32; LANES] {
+    *std::hint::black_box(&lanes)
+}
+
+/// `out_j = rows_j · x`, where row `j` is `rows[j * stride ..][.. x.len()]`: each with the bits of [`dot`].
+///
+/// # Panics
+/// If `rows` is too short.
+#[inline(always)]
+pub fn dots<T: Widen>(rows: &[T], stride: usize, x: &[f32], out: &mut [f32]) {
+    // The usual widths of a head: `x` stays in registers.
+    match x.len() {
+        64 => whole_dots::<4, T>(rows, stride, x, out),
+        128 => whole_dots::<8, T>(rows, stride, x, out),
+        _ => {
+            for (j, out) in out.iter_mut().enumerate() {
+                *out = dot(&rows[j * stride..][..x.len()], x);
+            }
+        }
     }
-    reduce(lanes)
+}
+
+/// [`dots`] of `N` times [`LANES`] elements.
+#[inline(always)]
+fn whole_dots<const N: usize, T: Widen>(rows: &[T], stride: usize, x: &[f32], out: &mut [f32]) {
+    let (chunks, _) = x.as_chunks::<LANES>();
+    let x: [[f32; LANES]; N] = std::array::from_fn(|i| chunks[i]);
+    for (j, out) in out.iter_mut().enumerate() {
+        let (row, _) = rows[j * stride..][..N * LANES].as_chunks::<LANES>();
+        let mut lanes = [0f32; LANES];
+        for i in 0..N {
+            for lane in 0..LANES {
+                lanes[lane] = row[i][lane].widen().mul_add(x[i][lane], lanes[lane]);
+            }
+        }
+        *out = reduce(lanes);
+    }
 }
 
 /// `Σ x_i`
@@ -313,9 +378,8 @@ impl RopeTable {
 #[inline(always)]
 pub fn attention_weights<T: Widen>(query: &[f32], keys: &[T], stride: usize, weights: &mut [f32]) {
     let scale = 1.0 / (query.len() as f32).sqrt();
-    for (j, weight) in weights.iter_mut().enumerate() {
-        *weight = dot(&keys[j * stride..][..query.len()], query) * scale;
-    }
+    dots(keys, stride, query, weights);
+    weights.iter_mut().for_each(|weight| *weight *= scale);
     softmax(weights);
 }
 
@@ -329,15 +393,19 @@ const POSITION_TILE: usize = 32;
 /// `queries [heads, head_dim], weights [heads, positions] (written) -> out [heads, head_dim]`; key `j` is
 /// `keys[j * stride ..][.. head_dim]`, and so for values.
 ///
+/// `cold` says that keys and values are not in the cache, and so are worth asking for ahead.
+///
 /// # Panics
 /// If keys or values are too short, or `head_dim` is 0.
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "slices and their strides, as everywhere in this module")]
 pub fn attention<T: Widen>(
     queries: &[f32],
     head_dim: usize,
     keys: &[T],
     values: &[T],
     stride: usize,
+    cold: bool,
     weights: &mut [f32],
     out: &mut [f32],
 ) {
@@ -345,10 +413,12 @@ pub fn attention<T: Widen>(
     let scale = 1.0 / (head_dim as f32).sqrt();
     for first in (0..positions).step_by(POSITION_TILE) {
         let tile = first..positions.min(first + POSITION_TILE);
+        if cold {
+            prefetch(keys, tile.end * stride..(tile.end + POSITION_TILE) * stride);
+        }
         for (query, weights) in queries.chunks_exact(head_dim).zip(weights.chunks_exact_mut(positions)) {
-            for (j, weight) in tile.clone().zip(&mut weights[tile.clone()]) {
-                *weight = dot(&keys[j * stride..][..head_dim], query) * scale;
-            }
+            dots(&keys[first * stride..], stride, query, &mut weights[tile.clone()]);
+            weights[tile.clone()].iter_mut().for_each(|weight| *weight *= scale);
         }
     }
     for weights in weights.chunks_exact_mut(positions) {
@@ -357,10 +427,29 @@ pub fn attention<T: Widen>(
     out.fill(0.0);
     for first in (0..positions).step_by(POSITION_TILE) {
         let tile = first..positions.min(first + POSITION_TILE);
+        if cold {
+            prefetch(values, tile.end * stride..(tile.end + POSITION_TILE) * stride);
+        }
         for (weights, out) in weights.chunks_exact(positions).zip(out.chunks_exact_mut(head_dim)) {
             add_weighted(&weights[tile.clone()], &values[first * stride..], stride, out);
         }
     }
+}
+
+/// Asks for what will be read soon: what a new token sees of the cache lies in memory that weights have passed through the
+/// processor's caches since, and a page at a time the processor notices too late.
+#[inline(always)]
+fn prefetch<T>(values: &[T], range: std::ops::Range<usize>) {
+    #[cfg(target_arch = "x86_64")]
+    for line in values[range.start.min(values.len())..range.end.min(values.len())]
+        .chunks((64 / size_of::<T>()).max(1))
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, part of every x86-64; it reads and writes nothing that the program sees.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (values, range);
 }
 
 /// `x_i = e^(x_i - max) / Σ e^(x_j - max)`, in place. Returns `ln Σ e^x_j`.
@@ -415,24 +504,40 @@ pub fn weighted_sum<T: Widen>(weights: &[f32], rows: &[T], stride: usize, out: &
 /// `out += Σ_j weights_j * rows_j`, one `j` after the other.
 #[inline(always)]
 fn add_weighted<T: Widen>(weights: &[f32], rows: &[T], stride: usize, out: &mut [f32]) {
-    // 64 elements at a time stay in registers while all rows pass.
-    let (whole, rest) = out.as_chunks_mut::<64>();
-    for (chunk, out) in whole.iter_mut().enumerate() {
+    // As many elements at a time as stay in registers while all rows pass.
+    let done = add_chunks::<128, T>(weights, rows, stride, 0, out);
+    let done = add_chunks::<32, T>(weights, rows, stride, done, out);
+    let rest = &mut out[done..];
+    if !rest.is_empty() {
+        for (j, weight) in weights.iter().enumerate() {
+            axpy(*weight, &rows[j * stride + done..][..rest.len()], rest);
+        }
+    }
+}
+
+/// [`add_weighted`] for the whole chunks of `N` elements from `first` on; returns where they end.
+#[inline(always)]
+fn add_chunks<const N: usize, T: Widen>(
+    weights: &[f32],
+    rows: &[T],
+    stride: usize,
+    first: usize,
+    out: &mut [f32],
+) -> usize {
+    let (chunks, _) = out[first..].as_chunks_mut::<N>();
+    let mut at = first;
+    for out in chunks {
         let mut acc = *out;
         for (j, weight) in weights.iter().enumerate() {
-            let row = &rows[j * stride + chunk * 64..][..64];
-            for lane in 0..64 {
+            let row = &rows[j * stride + at..][..N];
+            for lane in 0..N {
                 acc[lane] = weight.mul_add(row[lane].widen(), acc[lane]);
             }
         }
         *out = acc;
+        at += N;
     }
-    if !rest.is_empty() {
-        let first = whole.len() * 64;
-        for (j, weight) in weights.iter().enumerate() {
-            axpy(*weight, &rows[j * stride + first..][..rest.len()], rest);
-        }
-    }
+    at
 }
 
 #[cfg(test)]
@@ -500,6 +605,18 @@ mod tests {
     }
 
     #[test]
+    fn dots_have_the_bits_of_each_dot() {
+        let wave = |len: usize, f: f32| (0..len).map(|i| (i as f32 * f).sin()).collect::<Vec<f32>>();
+        for (count, len, stride) in [(0, 5, 5), (1, 16, 16), (31, 7, 9), (32, 80, 80), (70, 33, 40)] {
+            let (rows, x) = (wave(count * stride, 0.3), wave(len, 0.7));
+            let mut out = vec![9.0; count];
+            dots(&rows, stride, &x, &mut out);
+            let each: Vec<f32> = (0..count).map(|j| dot(&rows[j * stride..][..len], &x)).collect();
+            assert_eq!(out, each);
+        }
+    }
+
+    #[test]
     fn heads_together_give_the_bits_of_each_alone() {
         for (heads, head_dim, positions) in [(1, 8, 1), (3, 80, 33), (4, 128, 100)] {
             let stride = head_dim + 3;
@@ -507,7 +624,7 @@ mod tests {
             let (queries, keys) = (wave(heads * head_dim, 0.7), wave(positions * stride, 0.3));
             let values = wave(positions * stride, 0.9);
             let (mut weights, mut out) = (vec![9.0; heads * positions], vec![9.0; heads * head_dim]);
-            attention(&queries, head_dim, &keys, &values, stride, &mut weights, &mut out);
+            attention(&queries, head_dim, &keys, &values, stride, true, &mut weights, &mut out);
             for (head, out) in out.chunks_exact(head_dim).enumerate() {
                 let (mut weights, mut alone) = (vec![0.0; positions], vec![0.0; head_dim]);
                 attention_weights(&queries[head * head_dim..][..head_dim], &keys, stride, &mut weights);

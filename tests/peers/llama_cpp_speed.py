@@ -16,8 +16,8 @@ new tokens one at a time after it, in f16 KV cache and batches of 512 in llama.c
 Prints tokens a second, median (min..max) of the rounds. `ours/theirs` is the ratio of the medians and, in brackets, the
 median of the rounds' ratios: above 1, `infer` is faster. Absolute figures hold for one machine at one time; the ratio
 can be compared, if the machine is quiet: llama.cpp's threads wait for each other in loops, and where one has to share
-its core all stop. With `--quiet 0.05` a round begins when other programs use less than 5 % of the machine, and is
-measured again if they used more during it.
+its core all stop. With `--quiet 0.05` each measurement waits until other programs use less than 5 % of the
+machine, and is made again if they used more meanwhile.
 llama.cpp computes SiLU whatever the shape says, so for a `relu2` model its logits are wrong; its speed is hardly
 another for that.
 
@@ -49,7 +49,8 @@ HEADS = ("q6_k", "f16")
 BLOCK = 256  # columns in a block of TQ2_0, TQ1_0 and Q6_K
 BATCH = 512  # tokens that llama.cpp takes in one pass
 NOISE = 0.05  # share of the machine that others may use without a warning
-QUIET_SECONDS = 3
+QUIET_SECONDS = 3  # for how long others must have used less before a measurement
+TRIES = 20  # measurements until a quiet one
 SEED = 1
 TABLE_ROWS = 1024  # rows of the embedding that are made at a time
 
@@ -495,6 +496,23 @@ def wait_for_quiet(share):
             told = True
 
 
+def measure(quiet, engines, name, run):
+    """What `run` measures, again if others used more than the share `quiet` meanwhile."""
+    for _ in range(TRIES):
+        if quiet:
+            wait_for_quiet(quiet)
+        others = Others(engines)
+        result = run()
+        share = others.share()
+        noisy = share is not None and share > (quiet or NOISE)
+        if noisy:
+            again = "measured again" if quiet else "see --quiet"
+            progress(f"warning: other programs used {100 * share:.0f} % of the machine while {name} ran; {again}")
+        if not (noisy and quiet):
+            return {**result, "share_of_others": share}
+    fail(f"the machine is not quiet; --quiet {quiet}; {TRIES} measurements of {name} were disturbed")
+
+
 def spread(values):
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": values}
 
@@ -504,48 +522,35 @@ def compare(args, shape, folder):
     options = {"prompt": args.prompt_tokens, "gen": args.gen_tokens, "threads": args.threads, "vocab": shape.vocab}
     progress("loading the models in llama.cpp")
     engines = [LlamaCpp(path, options) for path in ggufs]
-    rounds, tries = [], 0
-    while len(rounds) < args.repetitions:
-        tries += 1
-        if tries > 10 * args.repetitions:
-            fail(f"the machine is not quiet: {len(rounds)} of {tries - 1} rounds passed --quiet {args.quiet}")
-        if args.quiet:
-            wait_for_quiet(args.quiet)
-        others = Others(engines)
-        theirs = [engine.measure() for engine in engines]
-        ours = run_infer(args, hf)
-        share = others.share()
-        names, results = (*args.types, "infer"), (*theirs, ours)
-        line = ", ".join(f"{name} {r['prompt']:.1f} / {r['gen']:.2f}" for name, r in zip(names, results))
-        progress(f"round {len(rounds) + 1} of {args.repetitions}, prompt / new tokens a second: {line}")
-        for last in theirs:
+    theirs, ours = [[] for _ in engines], []
+    for index in range(args.repetitions):
+        for name, engine, results in zip(args.types, engines, theirs):
+            results.append(measure(args.quiet, engines, name, engine.measure))
+            last = results[-1]
             if last["busy"] > 0.1 + 0.05 * last["waited"]:
-                progress(f"warning: llama.cpp used {last['busy']:.1f} s of CPU time while it should have been idle")
-        noisy = share is not None and share > (args.quiet or NOISE)
-        if noisy:
-            again = "; measured again" if args.quiet else "; see --quiet"
-            progress(f"warning: other programs used {100 * share:.0f} % of the machine{again}")
-        if not (noisy and args.quiet):
-            rounds.append((theirs, ours, share))
-    ours = [ours for _, ours, _ in rounds]
+                progress(f"warning: {name} used {last['busy']:.1f} s of CPU time while it should have been idle")
+        ours.append(measure(args.quiet, engines, "infer", lambda: run_infer(args, hf)))
+        line = [f"{name} {r[-1]['prompt']:.1f} / {r[-1]['gen']:.2f}" for name, r in zip(args.types, theirs)]
+        line.append(f"infer {ours[-1]['prompt']:.1f} / {ours[-1]['gen']:.2f}")
+        progress(f"round {index + 1} of {args.repetitions}, prompt / new tokens a second: {', '.join(line)}")
 
     report = {
         "shape": args.shape, "threads": args.threads, "prompt_tokens": args.prompt_tokens,
         "gen_tokens": args.gen_tokens, "repetitions": args.repetitions,
         "llama_cpp_python": importlib.metadata.version("llama-cpp-python"), "llama_cpp_system": engines[0].system,
-        "share_of_others": [share for _, _, share in rounds],
         "infer": {
             "kernel": ours[-1].get("kernel"), "threads": ours[-1].get("threads"), "args": shlex.join(args.infer_args),
             "bytes_per_token": ours[-1].get("bytes_per_token"),
             "prompt_tokens_per_second": spread([r["prompt"] for r in ours]),
             "gen_tokens_per_second": spread([r["gen"] for r in ours]),
+            "share_of_others": [r["share_of_others"] for r in ours],
         },
         "llama_cpp": [],
     }
-    for index, (name, path) in enumerate(zip(args.types, ggufs)):
-        results = [theirs[index] for theirs, _, _ in rounds]
+    for name, path, results in zip(args.types, ggufs, theirs):
         # Each token reads the whole file: all projections, norms, and the embedding as the head.
         entry = {"type": name, "head": args.head, "bytes_per_token": path.stat().st_size}
+        entry["share_of_others"] = [r["share_of_others"] for r in results]
         for key in ("prompt", "gen"):
             entry[f"{key}_tokens_per_second"] = spread([r[key] for r in results])
             medians = report["infer"][f"{key}_tokens_per_second"], entry[f"{key}_tokens_per_second"]
@@ -610,7 +615,7 @@ def arguments():
     parser.add_argument("--infer-args", type=shlex.split, default=[], help="more for `infer bench`, in one string")
     parser.add_argument("--kernel", help="sets BITLINEAR_KERNEL for infer")
     parser.add_argument("--quiet", type=share, metavar="SHARE", help="wait while others use more than this share "
-                        "of the machine, and measure again if they did in a round (default: only warn above 0.05)")
+                        "of the machine, and measure again if they did meanwhile (default: only warn above 0.05)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--install", action="store_true", help="install what is missing with pip, for this Python")
     args = parser.parse_args()

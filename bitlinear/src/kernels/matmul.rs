@@ -6,12 +6,12 @@ use super::rows::ROW_ALIGN;
 use super::{
     Choice, GROUP, GROUP_OUTS, Isa, Kernel, KernelError, LINE_STEPS, QuantizedRows, Unpacked, with_isa,
 };
-use crate::packed::{Line, PANEL, TernaryWeight, unpack_lines};
+use crate::packed::{Layout, Line, PANEL, TernaryWeight, unpack_lines};
 use crate::pool::{self, Pointer};
 use crate::{quant, simd_fn};
 
-/// Up to this many rows of activations a weight is used as it is packed; with more, unpacking it once is worth it.
-const NARROW: usize = 4;
+/// Rows of activations that pass a packed panel at once.
+const PACKED_ROWS: usize = 4;
 /// Rows that a task takes at most: their sums stay in the second-level cache beside the unpacked codes.
 const ROW_BLOCK: usize = 256;
 /// Fewest rows for which a group is unpacked a second time to have work for all threads.
@@ -64,14 +64,23 @@ pub fn matmul_all(
         .iter_mut()
         .map(|(weight, output)| Product { weight, output: Pointer(output.as_mut_ptr()) })
         .collect();
-    with_isa!(kernel, isa => match x.rows() {
-        1 => narrow::<1>(isa, x, &products),
-        2 => narrow::<2>(isa, x, &products),
-        3 => narrow::<3>(isa, x, &products),
-        NARROW => narrow::<NARROW>(isa, x, &products),
-        _ => wide(isa, x, &products),
+    with_isa!(kernel, isa => {
+        if products.iter().all(|product| x.rows() <= narrow_rows(isa, product.weight.layout())) {
+            narrow(isa, x, &products);
+        } else {
+            wide(isa, x, &products);
+        }
     });
     Ok(())
+}
+
+/// Up to how many rows of activations a weight is used as it is packed; with more, unpacking it once is worth it.
+fn narrow_rows<I: Isa>(_: I, layout: Layout) -> usize {
+    match layout {
+        Layout::TwoBit => I::NARROW_ROWS,
+        // Unpacked again for every few rows, which costs more than the products do.
+        Layout::FiveTrit => PACKED_ROWS,
+    }
 }
 
 fn check(x: &QuantizedRows, weight: &TernaryWeight, output: &[f32]) -> Result<(), KernelError> {
@@ -131,8 +140,7 @@ fn locate(
 }
 
 /// A few rows: each panel with all of them, straight from its packed codes.
-fn narrow<const R: usize>(isa: impl Isa, x: &QuantizedRows, products: &[Product<'_>]) {
-    let rows: [&[Line]; R] = std::array::from_fn(|row| x.lines(row));
+fn narrow(isa: impl Isa, x: &QuantizedRows, products: &[Product<'_>]) {
     let panels: usize = products.iter().map(|product| product.weight.panels()).sum();
     let bytes: usize = products.iter().map(|product| product.weight.bytes()).sum();
     let least = (TASK_BYTES * panels).div_ceil(bytes.max(1));
@@ -144,15 +152,28 @@ fn narrow<const R: usize>(isa: impl Isa, x: &QuantizedRows, products: &[Product<
             while panel == products[index].weight.panels() {
                 (index, panel) = (index + 1, 0);
             }
-            let product = &products[index];
-            let sums = isa.packed::<R>(product.weight.layout(), product.weight.panel(panel), rows);
-            for (row, sums) in sums.iter().enumerate() {
-                // SAFETY: R is the number of rows, and each panel belongs to one task.
-                unsafe { product.place(x, row, panel * PANEL, sums) };
+            for row in (0..x.rows()).step_by(PACKED_ROWS) {
+                let product = &products[index];
+                match x.rows() - row {
+                    1 => packed::<1>(isa, x, row, product, panel),
+                    2 => packed::<2>(isa, x, row, product, panel),
+                    3 => packed::<3>(isa, x, row, product, panel),
+                    _ => packed::<PACKED_ROWS>(isa, x, row, product, panel),
+                }
             }
             panel += 1;
         }
     });
+}
+
+/// One panel of a task of its own with `R` rows of `x`, from `row` on.
+fn packed<const R: usize>(isa: impl Isa, x: &QuantizedRows, row: usize, product: &Product<'_>, panel: usize) {
+    let rows: [&[Line]; R] = std::array::from_fn(|r| x.lines(row + r));
+    let sums = isa.packed::<R>(product.weight.layout(), product.weight.panel(panel), rows);
+    for (r, sums) in sums.iter().enumerate() {
+        // SAFETY: row + r is a row of `x` (`lines` would have panicked), and each panel belongs to one task.
+        unsafe { product.place(x, row + r, panel * PANEL, sums) };
+    }
 }
 
 /// What a thread keeps from group to group.

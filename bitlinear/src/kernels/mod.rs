@@ -112,6 +112,9 @@ impl<'a> Unpacked<'a> {
 /// What an instruction set brings. All sums are modulo 2^32: those of `w + 1` may wrap, those of `w` fit
 /// ([`MAX_IN_FEATURES`]), and so come out right when the row's sum is taken off.
 trait Isa: Copy + Send + Sync {
+    /// Up to how many rows of activations [`Isa::packed`], four at a time, is faster than unpacking 2-bit codes first.
+    const NARROW_ROWS: usize = 16;
+
     /// `sums[r][o] = Σ_j x[r][j] * (w[o][j] + 1)` over one packed panel.
     ///
     /// # Panics

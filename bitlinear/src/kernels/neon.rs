@@ -131,16 +131,16 @@ unsafe fn products<const R: usize, const V: usize>(panel: &[Line], x: [&[Line]; 
             // Lanes are the columns of two rows: of the quarter's first two, then of its last two.
             let mut narrow = [[[vdupq_n_s16(0); 2]; 2]; R];
             for (index, line) in lines.iter().enumerate() {
-                let codes = [0, 1].map(|quarter| unpack::<V>(load(line, 2 * half + quarter)));
-                for r in 0..R {
-                    for i in 0..V {
+                let mut packed = [load(line, 2 * half), load(line, 2 * half + 1)];
+                for i in 0..V {
+                    let codes = [unpack::<V>(&mut packed[0]), unpack::<V>(&mut packed[1])];
+                    for r in 0..R {
                         // SAFETY: this step belongs to this line of the panel, as the caller promises.
                         let x = unsafe { step(x[r], V * (chunk * narrow_lines + index) + i) };
                         for quarter in 0..2 {
                             let [low, high] = &mut narrow[r][quarter];
-                            let codes = codes[quarter][i];
-                            *low = vmlal_s8(*low, vget_low_s8(codes), vget_low_s8(x));
-                            *high = vmlal_high_s8(*high, codes, x);
+                            *low = vmlal_s8(*low, vget_low_s8(codes[quarter]), vget_low_s8(x));
+                            *high = vmlal_high_s8(*high, codes[quarter], x);
                         }
                     }
                 }
@@ -184,14 +184,27 @@ unsafe fn bytes<const R: usize>(panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL
                     *d = vmlal_high_s16(*d, high, x);
                 }
             }
-            for r in 0..R {
-                let [a, b, c, d] = rows[r];
+            for (wide, [a, b, c, d]) in wide.iter_mut().zip(rows) {
                 let sums = vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d));
-                wide[r][quarter] = vaddq_s32(wide[r][quarter], sums);
+                wide[quarter] = vaddq_s32(wide[quarter], sums);
             }
         }
     }
     wide.map(|lanes| store(lanes))
+}
+
+/// Does the block for each quarter of a line, written out: the compiler leaves a loop a loop where its body is long, and
+/// then keeps the sums that it indexes in memory.
+macro_rules! for_quarters {
+    ($quarter:ident => $body:block) => {
+        for_quarters!($quarter => $body, 0, 1, 2, 3)
+    };
+    ($quarter:ident => $body:block, $($value:literal),*) => {
+        $({
+            let $quarter = $value;
+            $body
+        })*
+    };
 }
 
 /// Dot product, packed lines of `V` vectors. `sdot` wraps: a lane is right modulo 2^32, which is all that `Isa` asks for.
@@ -207,8 +220,12 @@ unsafe fn packed_dot<const R: usize, const V: usize>(panel: &[Line], x: [&[Line]
             // SAFETY: the first four steps, and the last one, of this line of the panel, as the caller promises.
             (four[r], last[r]) = unsafe { (four_steps(x[r], V * index), step(x[r], V * index + V - 1)) };
         }
-        for quarter in 0..4 {
-            let codes = unpack::<V>(load(line, quarter));
+        for_quarters!(quarter => {
+            let mut packed = load(line, quarter);
+            let mut codes = [vdupq_n_s8(0); V];
+            for codes in &mut codes {
+                *codes = unpack::<V>(&mut packed);
+            }
             for r in 0..R {
                 let lanes = &mut lanes[r][quarter];
                 *lanes = dot_four(*lanes, [codes[0], codes[1], codes[2], codes[3]], four[r]);
@@ -216,7 +233,7 @@ unsafe fn packed_dot<const R: usize, const V: usize>(panel: &[Line], x: [&[Line]
                     *lanes = dot::<0>(*lanes, codes[V - 1], last[r]);
                 }
             }
-        }
+        });
     }
     lanes.map(|lanes| store(lanes))
 }
@@ -231,7 +248,6 @@ unsafe fn vectors_dot<const R: usize, const UNSIGNED: bool>(
     panel: &[Line],
     x: [&[Line]; R],
 ) -> [[i32; PANEL]; R] {
-    let off = vdupq_n_u8(if UNSIGNED { 128 } else { 0 });
     let mut lanes = [[vdupq_n_s32(0); 4]; R];
     let mut x_sums = [vdupq_n_s32(0); R];
     // Filled up with codes of zero, so that it does not matter what the activations there are.
@@ -239,7 +255,7 @@ unsafe fn vectors_dot<const R: usize, const UNSIGNED: bool>(
     let mut last = [Line::ZERO; 4];
     last[..rest.len()].copy_from_slice(rest);
     for index in 0..panel.len().div_ceil(4) {
-        let lines = whole.get(index).unwrap_or(&last);
+        let [a, b, c, d] = whole.get(index).unwrap_or(&last);
         let mut four = [vdupq_n_s8(0); R];
         for r in 0..R {
             // SAFETY: 4 * index < panel.len(), for which there are activations, as the caller promises; and these four steps
@@ -249,16 +265,17 @@ unsafe fn vectors_dot<const R: usize, const UNSIGNED: bool>(
                 x_sums[r] = vpadalq_s16(x_sums[r], vpaddlq_s8(four[r]));
             }
         }
-        for quarter in 0..4 {
-            let mut codes = [vdupq_n_s8(0); 4];
-            for i in 0..4 {
-                // Flipping the highest bit takes 128 off.
-                codes[i] = vreinterpretq_s8_u8(veorq_u8(load(&lines[i], quarter), off));
-            }
+        for_quarters!(quarter => {
+            let codes = [
+                signed::<UNSIGNED>(load(a, quarter)),
+                signed::<UNSIGNED>(load(b, quarter)),
+                signed::<UNSIGNED>(load(c, quarter)),
+                signed::<UNSIGNED>(load(d, quarter)),
+            ];
             for r in 0..R {
                 lanes[r][quarter] = dot_four(lanes[r][quarter], codes, four[r]);
             }
-        }
+        });
     }
     for r in 0..R {
         let taken_off = vshlq_n_s32::<7>(vdupq_n_s32(vaddvq_s32(x_sums[r])));
@@ -267,24 +284,30 @@ unsafe fn vectors_dot<const R: usize, const UNSIGNED: bool>(
     lanes.map(|lanes| store(lanes))
 }
 
-/// Codes of a quarter of a line of `V` vectors.
+/// The next codes of a quarter of a line of `V` vectors, which are taken off `packed`.
 #[target_feature(enable = "neon")]
-fn unpack<const V: usize>(mut bytes: uint8x16_t) -> [int8x16_t; V] {
-    let mut codes = [vdupq_n_s8(0); V];
-    for codes in &mut codes {
-        let (first, rest) = match V {
-            TWO_BIT => (vandq_u8(bytes, vdupq_n_u8(0b11)), vshrq_n_u8::<2>(bytes)),
-            FIVE_TRIT => {
-                // floor(3 b / 256) = floor(floor(3 b / 2) / 128), and floor(3 b / 2) = b + floor(b / 2). `uhadd` halves that
-                // with no loss of its ninth bit, the shift divides by 64: exact for every b.
-                let half_sum = vhaddq_u8(bytes, vshrq_n_u8::<1>(bytes));
-                (vshrq_n_u8::<6>(half_sum), vaddq_u8(bytes, vaddq_u8(bytes, bytes)))
-            }
-            _ => (bytes, bytes),
-        };
-        (*codes, bytes) = (vreinterpretq_s8_u8(first), rest);
-    }
-    codes
+fn unpack<const V: usize>(packed: &mut uint8x16_t) -> int8x16_t {
+    let bytes = *packed;
+    let codes = match V {
+        TWO_BIT => {
+            *packed = vshrq_n_u8::<2>(bytes);
+            vandq_u8(bytes, vdupq_n_u8(0b11))
+        }
+        FIVE_TRIT => {
+            *packed = vaddq_u8(bytes, vaddq_u8(bytes, bytes));
+            // floor(3 b / 256) = floor(floor(3 b / 2) / 128), and floor(3 b / 2) = b + floor(b / 2). `uhadd` halves that sum
+            // with no loss of its ninth bit, the shift divides by 64: exact for every b.
+            vshrq_n_u8::<6>(vhaddq_u8(bytes, vshrq_n_u8::<1>(bytes)))
+        }
+        _ => bytes,
+    };
+    vreinterpretq_s8_u8(codes)
+}
+
+/// Codes, less 128 where they are `UNSIGNED`: with their highest bits flipped.
+#[target_feature(enable = "neon")]
+fn signed<const UNSIGNED: bool>(codes: uint8x16_t) -> int8x16_t {
+    vreinterpretq_s8_u8(if UNSIGNED { veorq_u8(codes, vdupq_n_u8(128)) } else { codes })
 }
 
 /// [`dot`] of four vectors of codes, one with each step of `x`.

@@ -47,36 +47,53 @@ pub struct KvCache {
     pub(super) scratch: forward::Scratch,
 }
 
-/// Keys and values of one layer, each `[tokens, kv_width]`.
+/// Keys and values of one layer.
 #[derive(Debug, Clone)]
 pub(super) enum LayerCache {
-    F32 { keys: Vec<f32>, values: Vec<f32> },
-    F16 { keys: Vec<f16>, values: Vec<f16> },
+    F32(Heads<f32>),
+    F16(Heads<f16>),
+}
+
+/// Keys and values, a head at a time, each `[tokens, head_dim]`: what attention reads of a head lies in one run.
+#[derive(Debug, Clone)]
+pub(super) struct Heads<T> {
+    pub(super) keys: Vec<Vec<T>>,
+    pub(super) values: Vec<Vec<T>>,
+}
+
+impl<T: Copy> Heads<T> {
+    fn new(heads: usize) -> Self {
+        Self { keys: vec![Vec::new(); heads], values: vec![Vec::new(); heads] }
+    }
+
+    /// Puts new keys and values, each `[tokens, heads * head_dim]`, behind those of the first `start` tokens. What a failed
+    /// call may have left there goes.
+    fn append(&mut self, head_dim: usize, start: usize, new: [&[f32]; 2], store: impl Fn(f32) -> T) {
+        for (all, new) in [&mut self.keys, &mut self.values].into_iter().zip(new) {
+            let heads = all.len();
+            for (head, stored) in all.iter_mut().enumerate() {
+                stored.truncate(start * head_dim);
+                for token in new.chunks_exact(heads * head_dim) {
+                    stored.extend(token[head * head_dim..][..head_dim].iter().map(|x| store(*x)));
+                }
+            }
+        }
+    }
 }
 
 impl LayerCache {
-    fn new(precision: KvPrecision) -> Self {
+    fn new(precision: KvPrecision, heads: usize) -> Self {
         match precision {
-            KvPrecision::F32 => Self::F32 { keys: Vec::new(), values: Vec::new() },
-            KvPrecision::F16 => Self::F16 { keys: Vec::new(), values: Vec::new() },
+            KvPrecision::F32 => Self::F32(Heads::new(heads)),
+            KvPrecision::F16 => Self::F16(Heads::new(heads)),
         }
     }
 
-    /// Puts new keys and values behind the first `start` ones. What a failed call may have left there goes.
-    pub(super) fn append(&mut self, start: usize, new_keys: &[f32], new_values: &[f32]) {
+    /// [`Heads::append`] of keys and values in f32.
+    pub(super) fn append(&mut self, head_dim: usize, start: usize, new: [&[f32]; 2]) {
         match self {
-            Self::F32 { keys, values } => {
-                keys.truncate(start);
-                values.truncate(start);
-                keys.extend_from_slice(new_keys);
-                values.extend_from_slice(new_values);
-            }
-            Self::F16 { keys, values } => {
-                keys.truncate(start);
-                values.truncate(start);
-                keys.extend(new_keys.iter().map(|x| f16::from_f32(*x)));
-                values.extend(new_values.iter().map(|x| f16::from_f32(*x)));
-            }
+            Self::F32(heads) => heads.append(head_dim, start, new, |x| x),
+            Self::F16(heads) => heads.append(head_dim, start, new, f16::from_f32),
         }
     }
 }
@@ -109,7 +126,7 @@ impl KvCache {
             len: 0,
             rope: RopeTable::new(config.head_dim, 0, config.rope_theta),
             shape: Self::shape(config),
-            layers: vec![LayerCache::new(precision); config.num_hidden_layers],
+            layers: vec![LayerCache::new(precision, config.num_key_value_heads); config.num_hidden_layers],
             scratch: forward::Scratch::default(),
         })
     }

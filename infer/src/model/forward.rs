@@ -8,17 +8,17 @@ use bitlinear::kernels::{Kernel, QuantizedRows, int8_matmul, matmul_all};
 use bitlinear::math::{self, Activation, RopeTable, Widen};
 use bitlinear::{pool, simd_fn};
 
-use super::cache::LayerCache;
+use super::cache::{Heads, LayerCache};
 use super::{KvCache, Layer, Model, ModelError, Part, Parts, Projection, with_table};
 
 /// Tokens that pass the layers at once.
 const CHUNK: usize = 512;
 /// Multiply-adds that are worth a task of their own.
 const GRAIN: usize = 1 << 15;
-/// Rows that a weight row of a dense product is used for while it is in the first-level cache.
-const ROW_TILE: usize = 4;
-/// Outputs that a task of a dense product computes for a single row.
-const OUT_TILE: usize = 64;
+/// Rows of activations that a tile of a dense product is used for while it is in the cache.
+const ROW_TILE: usize = 8;
+/// Outputs of a tile of a dense product.
+const OUT_TILE: usize = 32;
 
 /// Which tokens' logits a forward pass returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -231,12 +231,12 @@ impl Model {
         for (rotated, width) in [(&mut scratch.q, width), (&mut scratch.k, kv_width)] {
             for_chunks(rotated, width, width * 4, |t, row| rotate_row(rope, start + t, row));
         }
-        cache.append(start * kv_width, &scratch.k, &scratch.v);
+        cache.append(config.head_dim, start, [&scratch.k, &scratch.v]);
         scratch.end(Part::Other);
         let mixed = resized(&mut scratch.mixed, tokens * width);
         match cache {
-            LayerCache::F32 { keys, values } => self.attention(&scratch.q, keys, values, start, mixed),
-            LayerCache::F16 { keys, values } => self.attention(&scratch.q, keys, values, start, mixed),
+            LayerCache::F32(heads) => self.attention(&scratch.q, heads, start, mixed),
+            LayerCache::F16(heads) => self.attention(&scratch.q, heads, start, mixed),
         }
         scratch.end(Part::Attention);
         let mixed = &scratch.mixed;
@@ -257,22 +257,21 @@ impl Model {
     }
 
     /// `mixed[t, h] = softmax(q[t, h] · keys[..= t] / sqrt(head_dim)) · values[..= t]`, each head with its group's keys.
-    fn attention<T: Widen>(&self, q: &[f32], keys: &[T], values: &[T], start: usize, mixed: &mut [f32]) {
-        let (groups, head_dim) = (self.config.num_key_value_heads, self.config.head_dim);
-        let (group_width, stride) = (self.config.attention_width() / groups, self.config.kv_width());
-        let tokens = mixed.len() / (groups * group_width);
-        // All heads of a group share keys and values; where that leaves too few tasks, each head has one of its own.
-        let shared =
-            tokens * groups >= 4 * pool::threads() || groups * head_dim == self.config.attention_width();
-        let width = if shared { group_width } else { head_dim };
-        let cost = (start + tokens) * width * 2;
-        for_chunks(mixed, width, cost, |index, out| {
-            let first = index * width;
-            let token = first / (groups * group_width);
-            let offset = first % (groups * group_width) / group_width * head_dim;
-            let mut weights = vec![0.0; (start + token + 1) * (width / head_dim)];
-            let (keys, values) = (&keys[offset..], &values[offset..]);
-            attend(&q[first..][..width], head_dim, keys, values, stride, &mut weights, out);
+    fn attention<T: Widen>(&self, q: &[f32], cache: &Heads<T>, start: usize, mixed: &mut [f32]) {
+        let (heads, head_dim) = (self.config.num_attention_heads, self.config.head_dim);
+        let group = heads / self.config.num_key_value_heads;
+        let tokens = mixed.len() / (heads * head_dim);
+        // Heads of a group share what they read: as many together as leave a few tasks for each thread.
+        let enough = |together: &usize| {
+            group.is_multiple_of(*together) && tokens * heads / together >= 4 * pool::threads()
+        };
+        let together = (1..=group).rev().find(enough).unwrap_or(1);
+        let width = together * head_dim;
+        for_chunks(mixed, width, (start + tokens) * width * 2, |index, out| {
+            let (token, head) = (index * together / heads, index * together % heads);
+            let (keys, values) = (&cache.keys[head / group], &cache.values[head / group]);
+            let mut weights = vec![0.0; (start + token + 1) * together];
+            attend(&q[index * width..][..width], head_dim, keys, values, tokens == 1, &mut weights, out);
         });
     }
 
@@ -323,12 +322,13 @@ fn dense<T: Widen>(x: &[f32], columns: usize, weight: &[T], out: &mut [f32]) {
 }
 
 simd_fn! {
-    /// A part of [`dense`]: whole rows of `x` with whole rows of `weight`, each of which then serves all rows of `x`.
+    /// A part of [`dense`]: whole rows of `x` with whole rows of `weight`, a tile of which then serves all rows of `x`.
     fn dense_tile<T: Widen>(x: &[f32], columns: usize, weight: &[T], out: &mut [f32]) {
         let outs = weight.len() / columns;
-        for (o, weight) in weight.chunks_exact(columns).enumerate() {
+        for first in (0..outs).step_by(OUT_TILE) {
+            let tile = first..outs.min(first + OUT_TILE);
             for (x, out) in x.chunks_exact(columns).zip(out.chunks_exact_mut(outs)) {
-                out[o] = math::dot(weight, x);
+                math::dots(&weight[first * columns..], columns, x, &mut out[tile.clone()]);
             }
         }
     }
@@ -365,11 +365,11 @@ simd_fn! {
         head_dim: usize,
         keys: &[T],
         values: &[T],
-        stride: usize,
+        cold: bool,
         weights: &mut [f32],
         out: &mut [f32],
     ) {
-        math::attention(queries, head_dim, keys, values, stride, weights, out)
+        math::attention(queries, head_dim, keys, values, head_dim, cold, weights, out)
     }
 }
 

@@ -99,6 +99,8 @@ fn may_use_tiles() -> bool {
 }
 
 impl Isa for Amx {
+    const NARROW_ROWS: usize = 8;
+
     fn packed<const R: usize>(self, layout: Layout, panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
         self.0.packed(layout, panel, x)
     }
