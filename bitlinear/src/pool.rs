@@ -4,7 +4,8 @@
 //! for a while before they sleep, a piece of work starts with one store, and it ends when the threads that took part have
 //! left it: one that sleeps or was sent away by the system is not waited for.
 //!
-//! Which thread does which task is left to chance; results must not depend on it.
+//! Each thread starts with a run of tasks of its own, so that what they read is one stream; who is done first takes over
+//! tasks of the others. Which thread does which task is left to chance; results must not depend on it.
 
 use std::cell::RefCell;
 use std::num::NonZero;
@@ -29,13 +30,17 @@ struct Job {
     tasks: usize,
 }
 
+/// A counter in a cache line of its own, so that threads do not wait for each other's.
+#[repr(align(64))]
+struct Counter(AtomicUsize);
+
 struct Shared {
     /// Number of the work, whether it is closed, and how many threads are at it.
     state: AtomicU64,
     /// Written by the thread that holds `Pool::leader` while `state` is closed and nobody has joined.
     job: std::cell::UnsafeCell<Job>,
-    /// The next task that nobody has taken.
-    next: AtomicUsize,
+    /// For each thread, the next task of its own run that nobody has taken; the run ends where the next thread's begins.
+    next: Vec<Counter>,
     panicked: AtomicBool,
     quit: AtomicBool,
     sleepers: Mutex<usize>,
@@ -70,7 +75,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(CLOSED),
             job: std::cell::UnsafeCell::new(Job { work: &|_: usize| {}, tasks: 0 }),
-            next: AtomicUsize::new(0),
+            next: (0..threads.max(1)).map(|_| Counter(AtomicUsize::new(0))).collect(),
             panicked: AtomicBool::new(false),
             quit: AtomicBool::new(false),
             sleepers: Mutex::new(0),
@@ -80,7 +85,7 @@ impl Pool {
         for index in 1..threads {
             let shared = pool.shared.clone();
             let builder = std::thread::Builder::new().name(format!("bitlinear-{index}"));
-            pool.workers.push(builder.spawn(move || shared.serve())?);
+            pool.workers.push(builder.spawn(move || shared.serve(index))?);
         }
         Ok(pool)
     }
@@ -130,7 +135,9 @@ impl Pool {
             unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(work) };
         // SAFETY: this thread holds `leader`, and the last work was closed and left by all before its holder let go.
         unsafe { *shared.job.get() = Job { work, tasks } };
-        shared.next.store(0, Ordering::Relaxed);
+        for (thread, next) in shared.next.iter().enumerate() {
+            next.0.store(shared.run_of(thread, tasks).start, Ordering::Relaxed);
+        }
         shared.panicked.store(false, Ordering::Relaxed);
         let number = (shared.state.load(Ordering::Relaxed) >> 32) + 1;
         shared.state.store(number << 32, Ordering::SeqCst);
@@ -139,7 +146,7 @@ impl Pool {
             shared.wake.notify_all();
         }
         // SAFETY: `work` is the reference that this function was given.
-        shared.work_off(tasks, unsafe { &*work });
+        shared.work_off(0, tasks, unsafe { &*work });
         drop(closing);
         drop(lead);
         if shared.panicked.swap(false, Ordering::Relaxed) {
@@ -166,7 +173,7 @@ struct Closing<'a>(&'a Shared);
 impl Drop for Closing<'_> {
     fn drop(&mut self) {
         // Nobody is to start what is left after a panic.
-        self.0.next.store(usize::MAX / 2, Ordering::Relaxed);
+        self.0.next.iter().for_each(|next| next.0.store(usize::MAX / 2, Ordering::Relaxed));
         self.0.state.fetch_or(CLOSED, Ordering::SeqCst);
         let mut spins = 0u32;
         while self.0.state.load(Ordering::Acquire) & JOINED != 0 {
@@ -177,19 +184,29 @@ impl Drop for Closing<'_> {
 }
 
 impl Shared {
-    /// Takes tasks until none is left.
-    fn work_off(&self, tasks: usize, work: &(dyn Fn(usize) + Sync)) {
-        loop {
-            let task = self.next.fetch_add(1, Ordering::Relaxed);
-            if task >= tasks {
-                return;
+    /// The tasks that a thread starts with.
+    fn run_of(&self, thread: usize, tasks: usize) -> std::ops::Range<usize> {
+        let start = |thread: usize| tasks / self.next.len() * thread + (tasks % self.next.len()).min(thread);
+        start(thread)..start(thread + 1)
+    }
+
+    /// Takes tasks until none is left: its own, then those of the others.
+    fn work_off(&self, thread: usize, tasks: usize, work: &(dyn Fn(usize) + Sync)) {
+        let threads = self.next.len();
+        for thread in (thread..threads).chain(0..thread) {
+            let end = self.run_of(thread, tasks).end;
+            loop {
+                let task = self.next[thread].0.fetch_add(1, Ordering::Relaxed);
+                if task >= end {
+                    break;
+                }
+                work(task);
             }
-            work(task);
         }
     }
 
     /// The life of a worker.
-    fn serve(&self) {
+    fn serve(&self, thread: usize) {
         let mut done = self.state.load(Ordering::Relaxed) >> 32;
         while let Some(state) = self.wait(done) {
             done = state >> 32;
@@ -205,7 +222,7 @@ impl Shared {
             let job = unsafe { *self.job.get() };
             // SAFETY: as above.
             let work = unsafe { &*job.work };
-            if catch_unwind(AssertUnwindSafe(|| self.work_off(job.tasks, work))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| self.work_off(thread, job.tasks, work))).is_err() {
                 self.panicked.store(true, Ordering::Relaxed);
             }
             self.state.fetch_sub(1, Ordering::AcqRel);

@@ -4,22 +4,32 @@
 
 use std::arch::x86_64::*;
 
+use super::avx2::Avx2;
 use super::{GROUP, GROUP_OUTS, Isa, LINE_STEPS, Unpacked};
 use crate::packed::{Layout, Line, PANEL};
 
 /// Rows of activations that pass a group at once: 6 * 4 sums, 4 vectors of codes and one of activations are 29 registers.
 const ROWS: usize = 6;
 
-/// Proof that the processor has AVX-512 F, BW and VNNI.
+/// Proof that the processor has AVX-512 F, BW and VNNI; and whether it has VBMI too, as all but the first of them do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Avx512Vnni(());
+pub(super) struct Avx512Vnni {
+    /// What computes the 1.6-bit layout where there is no VBMI.
+    without_vbmi: Option<Avx2>,
+}
 
 impl Avx512Vnni {
     pub(super) fn new() -> Option<Self> {
-        (is_x86_feature_detected!("avx512f")
+        let vnni = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vnni"))
-        .then_some(Self(()))
+            && is_x86_feature_detected!("avx512vnni");
+        if !vnni {
+            return None;
+        }
+        if is_x86_feature_detected!("avx512vbmi") {
+            return Some(Self { without_vbmi: None });
+        }
+        Some(Self { without_vbmi: Some(Avx2::new()?) })
     }
 }
 
@@ -27,17 +37,12 @@ impl Isa for Avx512Vnni {
     fn packed<const R: usize>(self, layout: Layout, panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
         let lines = (panel.len() * layout.vectors()).div_ceil(LINE_STEPS);
         assert!(x.iter().all(|x| x.len() >= lines), "activations for every step");
-        match layout {
+        match (layout, self.without_vbmi) {
             // SAFETY: a value of this type exists only where `new` has seen the features; the rows are long enough (above).
-            Layout::TwoBit => unsafe { two_bit(panel, x) },
-            // SAFETY: as above.
-            Layout::FiveTrit => unsafe {
-                match R {
-                    1 => five_trit::<R, 5>(panel, x),
-                    2 => five_trit::<R, 2>(panel, x),
-                    _ => five_trit::<R, 1>(panel, x),
-                }
-            },
+            (Layout::TwoBit, _) => unsafe { two_bit(panel, x) },
+            // SAFETY: as above; `new` has seen VBMI, or there would be an `Avx2`.
+            (Layout::FiveTrit, None) => unsafe { five_trit(panel, x) },
+            (Layout::FiveTrit, Some(avx2)) => avx2.packed(layout, panel, x),
         }
     }
 
@@ -66,73 +71,104 @@ impl Isa for Avx512Vnni {
     }
 }
 
+/// Lines of the 2-bit layout whose sums stay in range, see [`two_bit`]: 4 * (2 * 64 * 128) a line, below 2^31.
+const TWO_BIT_LINES: usize = 1 << 14;
+
+/// The codes are not shifted into place: vector `i` of a line is taken as `4^i` times its codes, and its sum divided at the
+/// end, exactly, while it fits in an i32 over [`TWO_BIT_LINES`].
+///
 /// # Safety
 /// Every row of `x` has activations for `4 * panel.len()` steps.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn two_bit<const R: usize>(panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
-    let mask = _mm512_set1_epi8(0b11);
-    // A sum of its own for each vector of a line: none waits for the one before. `vpdpbusd` does not saturate: a lane is
-    // right modulo 2^32, which is all that `Isa` asks for.
-    let mut lanes = [[_mm512_setzero_si512(); 4]; R];
-    for (index, line) in panel.iter().enumerate() {
-        let packed = load(line);
-        // Shifts of 16 bits drag bits of the neighbouring byte along; the mask takes them off.
-        let codes = [
-            _mm512_and_si512(packed, mask),
-            _mm512_and_si512(_mm512_srli_epi16::<2>(packed), mask),
-            _mm512_and_si512(_mm512_srli_epi16::<4>(packed), mask),
-            _mm512_and_si512(_mm512_srli_epi16::<6>(packed), mask),
-        ];
-        for r in 0..R {
-            for i in 0..4 {
-                // SAFETY: step 4 * index + i < 4 * panel.len(), which the caller promises.
-                let x = unsafe { step(x[r], 4 * index + i) };
-                lanes[r][i] = _mm512_dpbusd_epi32(lanes[r][i], codes[i], x);
-            }
-        }
-    }
-    lanes.map(|lanes| store(total(lanes)))
-}
-
-/// Lines of the 1.6-bit layout whose sums stay in range, see [`five_trit`]: 256 * (20 * 2 * 128) a line, below 2^31.
-const FIVE_TRIT_LINES: usize = 1024;
-
-/// The codes are never unpacked. With `b_0` the byte and `b_{i+1} = 3 b_i mod 256`, code `c_i` is what the modulus took
-/// off: `256 c_i = 3 b_i - b_{i+1}`. So `256 Σ_i x_i c_i = 3 Σ_i x_i b_i - Σ_i x_i b_{i+1}`: two products a code, of bytes that
-/// two additions give. The difference is exact modulo 2^32, and a multiple of 256 that fits in an i32 over
-/// [`FIVE_TRIT_LINES`].
-///
-/// `A` sums of each kind a row, so that none waits for the one before.
-///
-/// # Safety
-/// Every row of `x` has activations for `5 * panel.len()` steps.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn five_trit<const R: usize, const A: usize>(panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
-    let zero = _mm512_setzero_si512();
-    let mut sums = [zero; R];
-    for (chunk, lines) in panel.chunks(FIVE_TRIT_LINES).enumerate() {
-        let (mut with, mut without) = ([[zero; A]; R], [[zero; A]; R]);
+    let masks = [0, 2, 4, 6].map(|shift| _mm512_set1_epi8((0b11u8 << shift) as i8));
+    let mut sums = [_mm512_setzero_si512(); R];
+    for (chunk, lines) in panel.chunks(TWO_BIT_LINES).enumerate() {
+        let mut lanes = [[_mm512_setzero_si512(); 4]; R];
         for (index, line) in lines.iter().enumerate() {
-            let mut bytes = load(line);
-            for i in 0..5 {
-                let next = _mm512_add_epi8(bytes, _mm512_add_epi8(bytes, bytes));
+            let packed = load(line);
+            for i in 0..4 {
+                let codes = _mm512_and_si512(packed, masks[i]);
                 for r in 0..R {
                     // SAFETY: this step belongs to this line of the panel, as the caller promises.
-                    let x = unsafe { step(x[r], 5 * (chunk * FIVE_TRIT_LINES + index) + i) };
-                    with[r][i % A] = _mm512_dpbusd_epi32(with[r][i % A], bytes, x);
-                    without[r][i % A] = _mm512_dpbusd_epi32(without[r][i % A], next, x);
+                    let x = unsafe { step(x[r], 4 * (chunk * TWO_BIT_LINES + index) + i) };
+                    lanes[r][i] = _mm512_dpbusd_epi32(lanes[r][i], codes, x);
                 }
-                bytes = next;
             }
         }
         for r in 0..R {
-            let (with, without) = (total(with[r]), total(without[r]));
-            let times_three = _mm512_add_epi32(with, _mm512_add_epi32(with, with));
-            let codes = _mm512_srai_epi32::<8>(_mm512_sub_epi32(times_three, without));
-            sums[r] = _mm512_add_epi32(sums[r], codes);
+            sums[r] = _mm512_add_epi32(sums[r], unscaled(lanes[r]));
         }
     }
     sums.map(|sums| store(sums))
+}
+
+/// Lines of the 1.6-bit layout whose sums stay in range, see [`five_trit`]: 256 * (4 * 2 * 128) a line, below 2^31.
+const FIVE_TRIT_LINES: usize = 1 << 12;
+
+/// The last four codes of each byte of the 1.6-bit layout, as the 2-bit layout has them.
+static FOUR_CODES: [Line; 4] = {
+    let mut table = [Line::ZERO; 4];
+    let mut byte = 0;
+    while byte < 256 {
+        let (mut rest, mut shift) = (byte * 3 % 256, 0);
+        while shift < 8 {
+            table[byte / 64].0[byte % 64] |= ((rest * 3 / 256) << shift) as u8;
+            (rest, shift) = (rest * 3 % 256, shift + 2);
+        }
+        byte += 1;
+    }
+    table
+};
+
+/// A table gives four codes of a byte at once, which then are as in [`two_bit`]. The first code is never unpacked: with byte
+/// `b` and `b' = 3 b mod 256` it is what the modulus took off, `256 c = 3 b - b'`. So `256 Σ x c = 3 Σ x b - Σ x b'`: exact modulo
+/// 2^32, and a multiple of 256 that fits in an i32 over [`FIVE_TRIT_LINES`].
+///
+/// # Safety
+/// Every row of `x` has activations for `5 * panel.len()` steps.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+unsafe fn five_trit<const R: usize>(panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+    let masks = [0, 2, 4, 6].map(|shift| _mm512_set1_epi8((0b11u8 << shift) as i8));
+    let [a, b, c, d] = [0, 1, 2, 3].map(|quarter| load(&FOUR_CODES[quarter]));
+    let mut sums = [_mm512_setzero_si512(); R];
+    for (chunk, lines) in panel.chunks(FIVE_TRIT_LINES).enumerate() {
+        let mut lanes = [[_mm512_setzero_si512(); 6]; R];
+        for (index, line) in lines.iter().enumerate() {
+            let bytes = load(line);
+            let (low, high) = (_mm512_permutex2var_epi8(a, bytes, b), _mm512_permutex2var_epi8(c, bytes, d));
+            let four = _mm512_mask_blend_epi8(_mm512_movepi8_mask(bytes), low, high);
+            let tripled = _mm512_add_epi8(bytes, _mm512_add_epi8(bytes, bytes));
+            let first = 5 * (chunk * FIVE_TRIT_LINES + index);
+            for r in 0..R {
+                // SAFETY: this step belongs to this line of the panel, as the caller promises.
+                let x = unsafe { step(x[r], first) };
+                lanes[r][4] = _mm512_dpbusd_epi32(lanes[r][4], bytes, x);
+                lanes[r][5] = _mm512_dpbusd_epi32(lanes[r][5], tripled, x);
+            }
+            for i in 0..4 {
+                let codes = _mm512_and_si512(four, masks[i]);
+                for r in 0..R {
+                    // SAFETY: as above.
+                    let x = unsafe { step(x[r], first + 1 + i) };
+                    lanes[r][i] = _mm512_dpbusd_epi32(lanes[r][i], codes, x);
+                }
+            }
+        }
+        for r in 0..R {
+            let [a, b, c, d, with, without] = lanes[r];
+            let times_three = _mm512_add_epi32(with, _mm512_add_epi32(with, with));
+            let first = _mm512_srai_epi32::<8>(_mm512_sub_epi32(times_three, without));
+            sums[r] = _mm512_add_epi32(sums[r], _mm512_add_epi32(first, unscaled([a, b, c, d])));
+        }
+    }
+    sums.map(|sums| store(sums))
+}
+
+/// The sum of the four vectors of a line, of which vector `i` is `4^i` times too large.
+#[target_feature(enable = "avx512f")]
+fn unscaled([a, b, c, d]: [__m512i; 4]) -> __m512i {
+    total([a, _mm512_srai_epi32::<2>(b), _mm512_srai_epi32::<4>(c), _mm512_srai_epi32::<6>(d)])
 }
 
 #[target_feature(enable = "avx512f")]
