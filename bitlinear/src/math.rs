@@ -40,12 +40,25 @@ fn reduce(lanes: [f32; LANES]) -> f32 {
 pub trait Widen: Copy + Send + Sync {
     /// The same value as f32.
     fn widen(self) -> f32;
+
+    /// The same values as f32: in their own place, or in `scratch`.
+    #[inline(always)]
+    fn widen_all<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        scratch.clear();
+        scratch.extend(values.iter().map(|value| value.widen()));
+        scratch
+    }
 }
 
 impl Widen for f32 {
     #[inline(always)]
     fn widen(self) -> f32 {
         self
+    }
+
+    #[inline(always)]
+    fn widen_all<'a>(values: &'a [Self], _: &'a mut Vec<f32>) -> &'a [f32] {
+        values
     }
 }
 
@@ -155,9 +168,9 @@ pub fn sum(x: &[f32]) -> f32 {
 
 /// `y_i += factor * x_i`
 #[inline(always)]
-pub fn axpy<T: Widen>(factor: f32, x: &[T], y: &mut [f32]) {
+pub fn axpy(factor: f32, x: &[f32], y: &mut [f32]) {
     for (y, x) in y.iter_mut().zip(x) {
-        *y = factor.mul_add(x.widen(), *y);
+        *y = factor.mul_add(*x, *y);
     }
 }
 
@@ -376,7 +389,7 @@ impl RopeTable {
 /// # Panics
 /// If `keys` is too short.
 #[inline(always)]
-pub fn attention_weights<T: Widen>(query: &[f32], keys: &[T], stride: usize, weights: &mut [f32]) {
+pub fn attention_weights(query: &[f32], keys: &[f32], stride: usize, weights: &mut [f32]) {
     let scale = 1.0 / (query.len() as f32).sqrt();
     dots(keys, stride, query, weights);
     weights.iter_mut().for_each(|weight| *weight *= scale);
@@ -390,34 +403,34 @@ const POSITION_TILE: usize = 32;
 /// [`weighted_sum`] give, bit for bit.
 ///
 /// # Shapes
-/// `queries [heads, head_dim], weights [heads, positions] (written) -> out [heads, head_dim]`; key `j` is
-/// `keys[j * stride ..][.. head_dim]`, and so for values.
+/// `queries [heads, head_dim], keys [.., head_dim], values [.., head_dim], weights [heads, positions] (written)
+/// -> out [heads, head_dim]`
 ///
 /// `cold` says that keys and values are not in the cache, and so are worth asking for ahead.
 ///
 /// # Panics
-/// If keys or values are too short, or `head_dim` is 0.
+/// If keys or values are fewer than positions, or `head_dim` is 0.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "slices and their strides, as everywhere in this module")]
 pub fn attention<T: Widen>(
     queries: &[f32],
     head_dim: usize,
     keys: &[T],
     values: &[T],
-    stride: usize,
     cold: bool,
     weights: &mut [f32],
     out: &mut [f32],
 ) {
     let positions = weights.len() / (queries.len() / head_dim);
     let scale = 1.0 / (head_dim as f32).sqrt();
-    for first in (0..positions).step_by(POSITION_TILE) {
-        let tile = first..positions.min(first + POSITION_TILE);
-        if cold {
-            prefetch(keys, tile.end * stride..(tile.end + POSITION_TILE) * stride);
-        }
+    let mut scratch = Vec::new();
+    let tiles = || {
+        let starts = (0..positions).step_by(POSITION_TILE);
+        starts.map(move |first| first..positions.min(first + POSITION_TILE))
+    };
+    for tile in tiles() {
+        let keys = tile_rows(keys, head_dim, &tile, cold, &mut scratch);
         for (query, weights) in queries.chunks_exact(head_dim).zip(weights.chunks_exact_mut(positions)) {
-            dots(&keys[first * stride..], stride, query, &mut weights[tile.clone()]);
+            dots(keys, head_dim, query, &mut weights[tile.clone()]);
             weights[tile.clone()].iter_mut().for_each(|weight| *weight *= scale);
         }
     }
@@ -425,15 +438,27 @@ pub fn attention<T: Widen>(
         softmax(weights);
     }
     out.fill(0.0);
-    for first in (0..positions).step_by(POSITION_TILE) {
-        let tile = first..positions.min(first + POSITION_TILE);
-        if cold {
-            prefetch(values, tile.end * stride..(tile.end + POSITION_TILE) * stride);
-        }
+    for tile in tiles() {
+        let values = tile_rows(values, head_dim, &tile, cold, &mut scratch);
         for (weights, out) in weights.chunks_exact(positions).zip(out.chunks_exact_mut(head_dim)) {
-            add_weighted(&weights[tile.clone()], &values[first * stride..], stride, out);
+            add_weighted(&weights[tile.clone()], values, head_dim, out);
         }
     }
+}
+
+/// The rows of a tile as f32; those of the next one are asked for if they are `cold`.
+#[inline(always)]
+fn tile_rows<'a, T: Widen>(
+    rows: &'a [T],
+    width: usize,
+    tile: &std::ops::Range<usize>,
+    cold: bool,
+    scratch: &'a mut Vec<f32>,
+) -> &'a [f32] {
+    if cold {
+        prefetch(rows, tile.end * width..(tile.end + POSITION_TILE) * width);
+    }
+    T::widen_all(&rows[tile.start * width..tile.end * width], scratch)
 }
 
 /// Asks for what will be read soon: what a new token sees of the cache lies in memory that weights have passed through the
@@ -496,17 +521,17 @@ pub fn cross_entropy(logits: &mut [f32], target: usize) -> f32 {
 /// # Panics
 /// If `rows` is too short.
 #[inline(always)]
-pub fn weighted_sum<T: Widen>(weights: &[f32], rows: &[T], stride: usize, out: &mut [f32]) {
+pub fn weighted_sum(weights: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
     out.fill(0.0);
     add_weighted(weights, rows, stride, out);
 }
 
 /// `out += Σ_j weights_j * rows_j`, one `j` after the other.
 #[inline(always)]
-fn add_weighted<T: Widen>(weights: &[f32], rows: &[T], stride: usize, out: &mut [f32]) {
+fn add_weighted(weights: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
     // As many elements at a time as stay in registers while all rows pass.
-    let done = add_chunks::<128, T>(weights, rows, stride, 0, out);
-    let done = add_chunks::<32, T>(weights, rows, stride, done, out);
+    let done = add_chunks::<128>(weights, rows, stride, 0, out);
+    let done = add_chunks::<32>(weights, rows, stride, done, out);
     let rest = &mut out[done..];
     if !rest.is_empty() {
         for (j, weight) in weights.iter().enumerate() {
@@ -517,9 +542,9 @@ fn add_weighted<T: Widen>(weights: &[f32], rows: &[T], stride: usize, out: &mut 
 
 /// [`add_weighted`] for the whole chunks of `N` elements from `first` on; returns where they end.
 #[inline(always)]
-fn add_chunks<const N: usize, T: Widen>(
+fn add_chunks<const N: usize>(
     weights: &[f32],
-    rows: &[T],
+    rows: &[f32],
     stride: usize,
     first: usize,
     out: &mut [f32],
@@ -531,7 +556,7 @@ fn add_chunks<const N: usize, T: Widen>(
         for (j, weight) in weights.iter().enumerate() {
             let row = &rows[j * stride + at..][..N];
             for lane in 0..N {
-                acc[lane] = weight.mul_add(row[lane].widen(), acc[lane]);
+                acc[lane] = weight.mul_add(row[lane], acc[lane]);
             }
         }
         *out = acc;
@@ -619,18 +644,27 @@ mod tests {
     #[test]
     fn heads_together_give_the_bits_of_each_alone() {
         for (heads, head_dim, positions) in [(1, 8, 1), (3, 80, 33), (4, 128, 100)] {
-            let stride = head_dim + 3;
+            let stride = head_dim;
             let wave = |len: usize, f: f32| (0..len).map(|i| (i as f32 * f).sin()).collect::<Vec<f32>>();
             let (queries, keys) = (wave(heads * head_dim, 0.7), wave(positions * stride, 0.3));
             let values = wave(positions * stride, 0.9);
             let (mut weights, mut out) = (vec![9.0; heads * positions], vec![9.0; heads * head_dim]);
-            attention(&queries, head_dim, &keys, &values, stride, true, &mut weights, &mut out);
+            attention(&queries, head_dim, &keys, &values, true, &mut weights, &mut out);
             for (head, out) in out.chunks_exact(head_dim).enumerate() {
                 let (mut weights, mut alone) = (vec![0.0; positions], vec![0.0; head_dim]);
                 attention_weights(&queries[head * head_dim..][..head_dim], &keys, stride, &mut weights);
                 weighted_sum(&weights, &values, stride, &mut alone);
                 assert_eq!(out, alone);
             }
+            // Halves give what the same values in f32 give.
+            let half = |values: &[f32]| values.iter().map(|x| half::f16::from_f32(*x)).collect::<Vec<_>>();
+            let (half_keys, half_values) = (half(&keys), half(&values));
+            let f32s = |halves: &[half::f16]| halves.iter().map(|x| x.to_f32()).collect::<Vec<f32>>();
+            let mut other = out.clone();
+            attention(&queries, head_dim, &half_keys, &half_values, false, &mut weights, &mut out);
+            let (keys, values) = (f32s(&half_keys), f32s(&half_values));
+            attention(&queries, head_dim, &keys, &values, false, &mut weights, &mut other);
+            assert_eq!(out, other);
         }
     }
 

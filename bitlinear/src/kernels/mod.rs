@@ -5,7 +5,7 @@
 //! shape, picks the kernel once a product, spreads the work over the threads of [`crate::pool`] and applies the scales in
 //! the one shared epilogue. Results depend neither on the kernel, nor on the layout, nor on the number of threads.
 //!
-//! What an instruction set brings is an [`Isa`]: a panel of 16 weight rows with a few rows of activations straight from
+//! What an instruction set brings is an `Isa`: a panel of 16 weight rows with a few rows of activations straight from
 //! the packed codes (a new token: memory is the limit), and a group of unpacked panels with many (a prompt: arithmetic
 //! is).
 //!

@@ -369,7 +369,7 @@ simd_fn! {
         weights: &mut [f32],
         out: &mut [f32],
     ) {
-        math::attention(queries, head_dim, keys, values, head_dim, cold, weights, out)
+        math::attention(queries, head_dim, keys, values, cold, weights, out)
     }
 }
 
