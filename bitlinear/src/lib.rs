@@ -5,8 +5,9 @@
 //! plain slices:
 //!
 //! * [`quant`]: the two quantizers;
-//! * [`packed`]: ternary weights at two bits each, with their shape and scale;
+//! * [`packed`]: ternary weights at 2 or 1.6 bits each, with their shape and scale;
 //! * [`kernels`]: integer products of packed weights with int8 rows, one file an instruction set, all equal bit for bit;
+//! * [`pool`]: threads with barriers cheap enough for the pieces of a token;
 //! * [`math`]: the f32 arithmetic around them (norm, rotary embedding, attention, activation functions);
 //! * [`simd`]: one plain function compiled for several vector instruction sets;
 //! * [`autograd`] (feature `candle`, on by default): the same as differentiable operations on candle tensors.

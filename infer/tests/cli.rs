@@ -173,14 +173,14 @@ fn a_rounded_head_or_cache_is_asked_for_by_name() {
             .unwrap()
     };
     let exact = loss(&[]);
-    for options in [["--head", "int8"], ["--kv", "f16"]] {
+    for options in [["--head", "int8"], ["--head", "int4"], ["--kv", "f16"]] {
         let rounded = loss(&options);
         assert!(
             rounded != exact && (rounded - exact).abs() < 0.003 * exact,
             "{options:?}: {rounded} {exact}"
         );
     }
-    for wrong in [["--head", "int4"], ["--kv", "f8"], ["--layout", "3bit"]] {
+    for wrong in [["--head", "int2"], ["--kv", "f8"], ["--layout", "3bit"]] {
         let error =
             refused(folder.path(), &[&["perplexity", "model", "--data", "a.txt"][..], &wrong].concat());
         assert!(error.contains(wrong[1]) && error.contains("possible values"), "{error}");

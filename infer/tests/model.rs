@@ -5,6 +5,7 @@ mod common;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use bitlinear::kernels::Bits;
 use bitlinear::math::Activation;
 use bitlinear::packed::Layout;
 use bitlinear::pool::Pool;
@@ -391,26 +392,40 @@ fn distance(rounded: &[f32], exact: &[f32]) -> f64 {
 }
 
 #[test]
-fn an_int8_head_is_close_to_the_exact_one() {
+fn a_rounded_head_is_close_to_the_exact_one() {
     for tie_word_embeddings in [true, false] {
         let config = ModelConfig { tie_word_embeddings, ..config() };
-        let model = model(&config, 21);
+        let right = model(&config, 21);
         let ids = ids(&config, 24, 21);
-        let exact = forward(&model, &ids);
-        assert_eq!(model.head_precision(), "f32");
-        let bytes = model.bytes_per_token();
-        let model = model.with_int8_head().unwrap();
-        assert_eq!(model.head_precision(), "int8");
-        // 300 rows of 32 columns: 19 panels of 16 rows, and a scale a row.
-        assert_eq!(model.bytes_per_token(), bytes - 300 * 32 * 4 + 19 * 16 * 32 + 300 * 4);
-        let rounded = forward(&model, &ids);
-        let distance = distance(&rounded, &exact);
-        assert!(distance > 0.0 && distance < 0.01, "{distance}");
-        // Together or alone, a token has the same logits.
-        let mut cache = KvCache::new(&model, 24).unwrap();
-        let single: Vec<f32> =
-            ids.iter().flat_map(|id| model.forward(&[*id], &mut cache, Logits::Last).unwrap()).collect();
-        assert_eq!(bits(&single), bits(&rounded));
+        let exact = forward(&right, &ids);
+        assert_eq!(right.head_precision(), "f32");
+        for (bits, name, line_columns, bound) in
+            [(Bits::Eight, "int8", 4, 0.01), (Bits::Four, "int4", 8, 0.1)]
+        {
+            let model = right.clone().with_int_head(bits).unwrap();
+            assert_eq!(model.head_precision(), name);
+            // 300 rows of 32 columns: 19 panels of 16 rows, and a scale a row.
+            let head = 19 * 64 * 32 / line_columns + 300 * 4;
+            assert_eq!(model.bytes_per_token(), right.bytes_per_token() - 300 * 32 * 4 + head);
+            let rounded = forward(&model, &ids);
+            let distance = distance(&rounded, &exact);
+            assert!(distance > 0.0 && distance < bound, "{name}: {distance}");
+            // Together or alone, a token has the same logits.
+            let mut cache = KvCache::new(&model, 24).unwrap();
+            let single: Vec<f32> =
+                ids.iter().flat_map(|id| model.forward(&[*id], &mut cache, Logits::Last).unwrap()).collect();
+            assert_eq!(common::bits(&single), common::bits(&rounded));
+            if bits == Bits::Four {
+                let rows = rounded.chunks_exact(300).zip(exact.chunks_exact(300));
+                for (rounded, exact) in rows {
+                    let max = exact.iter().fold(f32::MIN, |max, x| max.max(*x));
+                    let pairs = || rounded.iter().zip(exact);
+                    // What counts is exact, what does not is rounded.
+                    assert!(pairs().all(|(a, b)| *b < max - 6.0 || a.to_bits() == b.to_bits()));
+                    assert!(pairs().any(|(a, b)| a != b));
+                }
+            }
+        }
     }
 }
 

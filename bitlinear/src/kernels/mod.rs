@@ -21,14 +21,14 @@ mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
-mod int8;
+mod int;
 mod matmul;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod rows;
 mod scalar;
 
-pub use int8::{Int8Weight, MAX_INT8_FEATURES, int8_matmul};
+pub use int::{Bits, IntWeight, MAX_INT_FEATURES, int_matmul};
 pub use matmul::{matmul, matmul_all, matmul_with};
 pub use rows::QuantizedRows;
 
@@ -51,9 +51,9 @@ pub enum KernelError {
         /// Names of those that can run.
         available: String,
     },
-    /// A row of an int8 weight is too long, or empty.
-    #[error("an int8 weight with rows of {0}; use 1 to {MAX_INT8_FEATURES}, or keep the weight dense")]
-    Int8Columns(usize),
+    /// A row of an integer weight is too long, or empty.
+    #[error("an integer weight with rows of {0}; use 1 to {MAX_INT_FEATURES}, or keep the weight dense")]
+    IntColumns(usize),
     /// The lengths of activations and weight, or of the output, do not fit.
     #[error(
         "ternary matmul of activations [{rows}, {columns}] with a weight [{out_features}, {in_features}] into {output} values; \

@@ -204,24 +204,24 @@ fn the_longest_row_fits() {
     Case::with_rows(x, &vec![1; MAX_IN_FEATURES]).check(&compared());
 }
 
-/// [`int8_matmul`] by its definition, in i64 and f32.
-fn int8_oracle(x: &[f32], w: &[f32], columns: usize) -> Vec<u32> {
+/// [`int_matmul`] by its definition, in i64 and f32.
+fn int_oracle(x: &[f32], w: &[f32], columns: usize, max: f32) -> Vec<u32> {
     let mut out = Vec::new();
     for x in x.chunks_exact(columns) {
-        let max = quant::absmax(x);
-        let codes: Vec<i64> = x.iter().map(|x| (x * (32512.0 / max)).round_ties_even() as i64).collect();
+        let largest = quant::absmax(x);
+        let codes: Vec<i64> = x.iter().map(|x| (x * (32512.0 / largest)).round_ties_even() as i64).collect();
         for w in w.chunks_exact(columns) {
-            let mut int8 = vec![0i8; columns];
-            let scale = quant::quantize_row(w, &mut int8);
-            let sum: i64 = codes.iter().zip(&int8).map(|(x, w)| x * i64::from(*w)).sum();
-            out.push((sum as f32 * (max / 32512.0 * scale)).to_bits());
+            let of_row = quant::absmax(w);
+            let product = |(x, w): (&i64, &f32)| x * (w * (max / of_row)).round_ties_even() as i64;
+            let sum: i64 = codes.iter().zip(w).map(product).sum();
+            out.push((sum as f32 * (largest / 32512.0 * (of_row / max))).to_bits());
         }
     }
     out
 }
 
 #[test]
-fn int8_products_of_every_kernel_are_their_definition() {
+fn integer_products_of_every_kernel_are_their_definition() {
     let (kernels, mut rng) = (compared(), ChaCha8Rng::seed_from_u64(7));
     let mut check = |tokens: usize, outs: usize, columns: usize, random: bool| {
         let mut values = |len: usize| -> Vec<f32> {
@@ -232,19 +232,20 @@ fn int8_products_of_every_kernel_are_their_definition() {
             (0..len).map(|at| draw(at, &mut rng)).collect()
         };
         let (x, w) = (values(tokens * columns), values(outs * columns));
-        let weight =
-            Int8Weight::quantize(outs, columns, |o, row| row.copy_from_slice(&w[o * columns..][..columns]))
-                .unwrap();
-        assert_eq!(weight.bytes(), outs.div_ceil(16) * columns.div_ceil(4) * 64 + outs * 4);
-        for kernel in &kernels {
-            let mut out = vec![f32::NAN; tokens * outs];
-            int8_matmul(*kernel, &x, &weight, &mut out).unwrap();
-            assert_eq!(
-                bits(&out),
-                int8_oracle(&x, &w, columns),
-                "{}: {tokens} x {outs} x {columns}",
-                kernel.name()
-            );
+        for (bits, max, line_columns) in [(Bits::Eight, 127.0, 4), (Bits::Four, 7.0, 8)] {
+            let row = |o: usize, row: &mut [f32]| row.copy_from_slice(&w[o * columns..][..columns]);
+            let weight = IntWeight::quantize(outs, columns, bits, row).unwrap();
+            assert_eq!(weight.bytes(), outs.div_ceil(16) * columns.div_ceil(line_columns) * 64 + outs * 4);
+            let expected = int_oracle(&x, &w, columns, max);
+            for kernel in &kernels {
+                let mut out = vec![f32::NAN; tokens * outs];
+                int_matmul(*kernel, &x, &weight, &mut out).unwrap();
+                assert!(
+                    self::bits(&out) == expected,
+                    "{} {bits:?}: {tokens} x {outs} x {columns}",
+                    kernel.name()
+                );
+            }
         }
     };
     for tokens in 0..=5 {
@@ -252,17 +253,16 @@ fn int8_products_of_every_kernel_are_their_definition() {
             check(tokens, outs, 1 + (tokens * 7 + outs * 3) % 150, true);
         }
     }
-    for columns in [1, 3, 4, 5, 64, 2560] {
+    // 512 columns of four bits are unpacked together.
+    for columns in [1, 3, 4, 5, 7, 8, 9, 64, 511, 512, 513, 2560] {
         check(3, 17, columns, true);
     }
-    check(2, 17, MAX_INT8_FEATURES, false);
-    assert_eq!(
-        Int8Weight::quantize(1, MAX_INT8_FEATURES + 1, |_, _| ()).unwrap_err(),
-        KernelError::Int8Columns(65794)
-    );
-    let weight = Int8Weight::quantize(3, 4, |_, row| row.fill(1.0)).unwrap();
+    check(2, 17, MAX_INT_FEATURES, false);
+    let too_long = IntWeight::quantize(1, MAX_INT_FEATURES + 1, Bits::Eight, |_, _| ());
+    assert_eq!(too_long.unwrap_err(), KernelError::IntColumns(65794));
+    let weight = IntWeight::quantize(3, 4, Bits::Eight, |_, row| row.fill(1.0)).unwrap();
     for (activations, outputs) in [(5, 3), (4, 4), (8, 3)] {
-        let error = int8_matmul(kernels[0], &vec![1.0; activations], &weight, &mut vec![0.0; outputs]);
+        let error = int_matmul(kernels[0], &vec![1.0; activations], &weight, &mut vec![0.0; outputs]);
         assert!(matches!(error, Err(KernelError::Shape { .. })));
     }
 }

@@ -64,11 +64,7 @@ fn read(folder: &Path, holding: Option<&Holding>) -> Result<Model> {
         bail!("this is a training run, not a model; {}; use {}", folder.display(), exported.display());
     }
     let model = hf::read_with(folder, holding.and_then(Holding::layout).unwrap_or_default())?;
-    Ok(if holding.is_some_and(|holding| holding.head == Head::Int8) {
-        model.with_int8_head()?
-    } else {
-        model
-    })
+    Ok(holding.map_or(Head::Exact, |holding| holding.head).of(model)?)
 }
 
 pub fn generate(args: &GenerateArgs, machine: Machine) -> Result<()> {
@@ -217,10 +213,7 @@ fn read_tokens(data: &Path, model: &Path, config: &ModelConfig) -> Result<(Vec<u
 pub fn bench(args: &BenchArgs, machine: Machine) -> Result<()> {
     // Where no layout is asked for, all are tried; the 2-bit one first, so that ties go to it.
     let layouts = args.holding.layout().map_or(Layout::ALL.to_vec(), |layout| vec![layout]);
-    let mut model = bench_model(args, layouts[0])?;
-    if args.holding.head == Head::Int8 {
-        model = model.with_int8_head()?;
-    }
+    let mut model = args.holding.head.of(bench_model(args, layouts[0])?)?;
     let context = model.config().max_position_embeddings;
     let prompt_tokens = args.prompt_tokens.unwrap_or(context.div_ceil(2).min(128));
     let gen_tokens = args.gen_tokens.unwrap_or(context.saturating_sub(prompt_tokens).min(64));

@@ -10,16 +10,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use bitlinear::kernels::{Kernel, KernelError};
+use bitlinear::kernels::{Bits, Kernel, KernelError};
 use bitlinear::packed::Layout;
 use bitlinear::pool::{self, Pool};
 use clap::builder::PossibleValuesParser;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use infer::ModelError;
 use infer::bench::BenchError;
 use infer::eval::EvalError;
 use infer::generate::GenerateError;
 use infer::model::KvPrecision;
+use infer::{Model, ModelError};
 
 /// Most threads that can be asked for.
 const MAX_THREADS: usize = 1024;
@@ -64,7 +64,7 @@ struct Holding {
     /// Layout of the ternary weights, in bits a weight: no logit depends on it [default: 2bit; bench tries both]
     #[arg(long, value_name = "2bit|1.6bit", value_parser = PossibleValuesParser::new(Layout::ALL.map(Layout::name)))]
     layout: Option<String>,
-    /// The head as it is in the file, or rounded to int8: half the bytes or less, and no longer exact
+    /// The head as it is in the file, or rounded: to int8, or to int4 with exact logits for the likeliest tokens
     #[arg(long, value_enum, default_value_t = Head::Exact)]
     head: Head,
     /// Keys and values as computed, or rounded to f16: half the memory, and no longer exact
@@ -77,6 +77,18 @@ struct Holding {
 enum Head {
     Exact,
     Int8,
+    Int4,
+}
+
+impl Head {
+    /// The model with this head.
+    fn of(self, model: Model) -> Result<Model, ModelError> {
+        match self {
+            Self::Exact => Ok(model),
+            Self::Int8 => model.with_int_head(Bits::Eight),
+            Self::Int4 => model.with_int_head(Bits::Four),
+        }
+    }
 }
 
 impl Holding {

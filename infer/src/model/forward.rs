@@ -4,7 +4,7 @@
 //! neither the number of threads nor on the rows beside it, so a prompt read at once, in pieces or token by token
 //! gives the same bits. Long prompts run in pieces of [`CHUNK`] tokens, which bounds the memory between the layers.
 
-use bitlinear::kernels::{Kernel, QuantizedRows, int8_matmul, matmul_all};
+use bitlinear::kernels::{Bits, Kernel, QuantizedRows, int_matmul, matmul_all};
 use bitlinear::math::{self, Activation, RopeTable, Widen};
 use bitlinear::{pool, simd_fn};
 
@@ -19,6 +19,10 @@ const GRAIN: usize = 1 << 15;
 const ROW_TILE: usize = 8;
 /// Outputs of a tile of a dense product.
 const OUT_TILE: usize = 32;
+
+/// How far below the largest logit, in nats, an int4 head's logits are computed anew: what lies lower has a probability of
+/// e^-8 of the likeliest token's at most.
+const REFINED_NATS: f32 = 8.0;
 
 /// Which tokens' logits a forward pass returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,6 +150,8 @@ impl Model {
 
     /// The head: `logit[t, v] = head[v] · hidden[t]`, of whole rows of [`Model::hidden`].
     ///
+    /// With an int4 head that is rounded, except for the tokens within 8 nats of the likeliest one: theirs are exact.
+    ///
     /// # Shapes
     /// `[tokens, hidden_size] -> [tokens, vocab_size]`
     ///
@@ -154,9 +160,16 @@ impl Model {
     pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>, ModelError> {
         let width = self.config.hidden_size;
         let mut logits = vec![0.0; hidden.len() / width * self.config.vocab_size];
-        match &self.int8_head {
-            Some(head) => int8_matmul(Kernel::active()?, hidden, head, &mut logits)?,
-            None => with_table!(self.head(), head => dense(hidden, width, head, &mut logits)),
+        let Some(rounded) = &self.int_head else {
+            with_table!(self.head(), head => dense(hidden, width, head, &mut logits));
+            return Ok(logits);
+        };
+        int_matmul(Kernel::active()?, hidden, rounded, &mut logits)?;
+        if rounded.bits() == Bits::Four {
+            let vocab_size = self.config.vocab_size;
+            for (logits, hidden) in logits.chunks_exact_mut(vocab_size).zip(hidden.chunks_exact(width)) {
+                with_table!(self.head(), head => refine(logits, hidden, head));
+            }
         }
         Ok(logits)
     }
@@ -302,6 +315,25 @@ impl Model {
         add(x, &scratch.out);
         scratch.end(Part::Other);
         Ok(())
+    }
+}
+
+/// Replaces the logits of the likeliest tokens by exact ones.
+fn refine<T: Widen>(logits: &mut [f32], hidden: &[f32], head: &[T]) {
+    let least = maximum(logits) - REFINED_NATS;
+    let ids: Vec<usize> = (0..logits.len()).filter(|id| logits[*id] >= least).collect();
+    let mut exact = vec![0.0; ids.len()];
+    for_chunks(&mut exact, 1, hidden.len(), |index, out| {
+        dense_tile(hidden, hidden.len(), &head[ids[index] * hidden.len()..][..hidden.len()], out);
+    });
+    for (id, exact) in ids.into_iter().zip(exact) {
+        logits[id] = exact;
+    }
+}
+
+simd_fn! {
+    fn maximum(x: &[f32]) -> f32 {
+        math::maximum(x)
     }
 }
 

@@ -8,7 +8,7 @@ mod data;
 mod forward;
 mod parts;
 
-use bitlinear::kernels::{Int8Weight, KernelError};
+use bitlinear::kernels::{Bits, IntWeight, KernelError};
 use bitlinear::packed::{Layout, TernaryWeight};
 
 use crate::config::{ConfigError, ModelConfig};
@@ -174,8 +174,8 @@ pub struct Weights {
 pub struct Model {
     config: ModelConfig,
     weights: Weights,
-    /// The head at eight bits, in place of the exact one.
-    int8_head: Option<Int8Weight>,
+    /// The head at eight or four bits, in place of the exact one.
+    int_head: Option<IntWeight>,
 }
 
 impl Model {
@@ -208,7 +208,7 @@ impl Model {
                 check_projection(&name, projection, config.quantized, *rows, *columns)?;
             }
         }
-        Ok(Self { config, weights, int8_head: None })
+        Ok(Self { config, weights, int_head: None })
     }
 
     /// The same model with its ternary weights in another layout; the results are the same bit for bit.
@@ -225,14 +225,17 @@ impl Model {
         self
     }
 
-    /// The same model with its head at eight bits a weight ([`Int8Weight`]): smaller and faster, and no longer exact.
+    /// The same model with its head at eight or four bits a weight ([`IntWeight`]): smaller and faster, and no longer exact.
+    ///
+    /// At four bits that head only finds the tokens that count: the logits of the likeliest ones ([`Model::logits`]) are then
+    /// computed with their exact rows.
     ///
     /// # Errors
     /// The rows of the head are too long.
-    pub fn with_int8_head(mut self) -> Result<Self, ModelError> {
+    pub fn with_int_head(mut self, bits: Bits) -> Result<Self, ModelError> {
         let head = self.head();
         let (vocab_size, hidden) = (self.config.vocab_size, self.config.hidden_size);
-        self.int8_head = Some(Int8Weight::quantize(vocab_size, hidden, |row, out| head.row(row, out))?);
+        self.int_head = Some(IntWeight::quantize(vocab_size, hidden, bits, |row, out| head.row(row, out))?);
         Ok(self)
     }
 
@@ -251,9 +254,13 @@ impl Model {
         self.weights.lm_head.as_ref().unwrap_or(&self.weights.embed_tokens)
     }
 
-    /// Precision of the head that runs: `f32`, `bf16`, `f16` or `int8`.
+    /// Precision of the head that runs: `f32`, `bf16`, `f16`, `int8` or `int4`.
     pub fn head_precision(&self) -> &'static str {
-        if self.int8_head.is_some() { "int8" } else { self.head().precision() }
+        match self.int_head.as_ref().map(IntWeight::bits) {
+            Some(Bits::Eight) => "int8",
+            Some(Bits::Four) => "int4",
+            None => self.head().precision(),
+        }
     }
 
     /// Layout of the ternary weights, if the model has any.
@@ -264,14 +271,15 @@ impl Model {
         })
     }
 
-    /// Bytes of weights that one new token reads: projections, norms and the head that runs.
+    /// Bytes of weights that one new token reads: projections, norms and the head that runs (with an int4 head, without the
+    /// exact rows of the likeliest tokens).
     pub fn bytes_per_token(&self) -> usize {
         let layers = self.weights.layers.iter().map(|layer| {
             let norms = layer.norms(&self.config).into_iter().filter_map(|(_, norm, _)| norm);
             let norms = norms.map(|norm| size_of_val(&**norm)).sum::<usize>();
             layer.projections().iter().map(|p| p.bytes()).sum::<usize>() + norms
         });
-        let head = self.int8_head.as_ref().map_or_else(|| self.head().bytes(), Int8Weight::bytes);
+        let head = self.int_head.as_ref().map_or_else(|| self.head().bytes(), IntWeight::bytes);
         layers.sum::<usize>() + size_of_val(&*self.weights.norm) + head
     }
 }
