@@ -52,6 +52,13 @@ impl Isa for Avx512Vnni {
         unsafe { bytes(panel, x) }
     }
 
+    fn halves<const R: usize>(self, panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+        let lines = (2 * panel.len()).div_ceil(LINE_STEPS);
+        assert!(x.iter().all(|x| x.len() >= lines), "activations for every step");
+        // SAFETY: a value of this type exists only where `new` has seen the features; the rows are long enough (above).
+        unsafe { halves(panel, x) }
+    }
+
     fn unpacked(self, group: &Unpacked<'_>, sums: &mut [i32]) {
         assert!(sums.len() >= group.rows * GROUP_OUTS, "sums for every row");
         for first in (0..group.rows).step_by(ROWS) {
@@ -210,15 +217,48 @@ fn strip<const R: usize>(group: &Unpacked<'_>, first: usize, sums: &mut [i32]) {
 unsafe fn bytes<const R: usize>(panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
     // Two sums a row, so that each waits less for the one before.
     let mut lanes = [[_mm512_setzero_si512(); 2]; R];
-    for (index, codes) in panel.iter().enumerate() {
-        let codes = load(codes);
+    let (pairs, rest) = panel.as_chunks::<2>();
+    for (index, pair) in pairs.iter().enumerate() {
+        for i in 0..2 {
+            let codes = load(&pair[i]);
+            for r in 0..R {
+                // SAFETY: 2 * index + i < panel.len(), which the caller promises.
+                let x = unsafe { step(x[r], 2 * index + i) };
+                lanes[r][i] = _mm512_dpbusd_epi32(lanes[r][i], codes, x);
+            }
+        }
+    }
+    if let [last] = rest {
         for r in 0..R {
-            // SAFETY: index < panel.len(), which the caller promises.
-            let x = unsafe { step(x[r], index) };
-            lanes[r][index % 2] = _mm512_dpbusd_epi32(lanes[r][index % 2], codes, x);
+            // SAFETY: the last step of the panel, which the caller promises.
+            let x = unsafe { step(x[r], panel.len() - 1) };
+            lanes[r][0] = _mm512_dpbusd_epi32(lanes[r][0], load(last), x);
         }
     }
     lanes.map(|lanes| store(total(lanes)))
+}
+
+/// The high halves are not shifted into place: their sum is 16 times too large. It fits in an i32, since a row of an integer
+/// weight has at most `MAX_INT_FEATURES` = 65,793 columns, 8,225 lines of at most 4 * 240 * 128 each.
+///
+/// # Safety
+/// Every row of `x` has activations for `2 * panel.len()` steps.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn halves<const R: usize>(panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+    let masks = [0x0f, 0xf0u8].map(|mask| _mm512_set1_epi8(mask as i8));
+    let mut lanes = [[_mm512_setzero_si512(); 2]; R];
+    for (index, line) in panel.iter().enumerate() {
+        let packed = load(line);
+        for half in 0..2 {
+            let codes = _mm512_and_si512(packed, masks[half]);
+            for r in 0..R {
+                // SAFETY: 2 * index + half < 2 * panel.len(), which the caller promises.
+                let x = unsafe { step(x[r], 2 * index + half) };
+                lanes[r][half] = _mm512_dpbusd_epi32(lanes[r][half], codes, x);
+            }
+        }
+    }
+    lanes.map(|[low, high]| store(_mm512_add_epi32(low, _mm512_srai_epi32::<4>(high))))
 }
 
 /// The four activations of a step, in every lane.

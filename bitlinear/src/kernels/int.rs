@@ -50,9 +50,6 @@ impl Bits {
     }
 }
 
-/// Lines of a panel that are unpacked together: they stay in the first-level cache.
-const UNPACKED: usize = 64;
-
 /// A dense weight matrix `[out_features, in_features]`, quantized to integers with a scale for each row.
 #[derive(Clone)]
 pub struct IntWeight {
@@ -132,23 +129,10 @@ impl IntWeight {
 
     /// `Σ_j x[r][j] * stored[o][j]` of `R` rows with a panel, modulo 2^32.
     fn products<const R: usize>(&self, isa: impl Isa, panel: usize, x: [&[Line]; R]) -> [[i32; PANEL]; R] {
-        let lines = self.panel(panel);
-        if self.bits == Bits::Eight {
-            return isa.bytes(lines, x);
+        match self.bits {
+            Bits::Eight => isa.bytes(self.panel(panel), x),
+            Bits::Four => isa.halves(self.panel(panel), x),
         }
-        let mut unpacked = [Line::ZERO; 2 * UNPACKED];
-        let mut sums = [[0i32; PANEL]; R];
-        for (chunk, lines) in lines.chunks(UNPACKED).enumerate() {
-            let vectors = &mut unpacked[..2 * lines.len()];
-            unpack_halves(lines, vectors);
-            // Two vectors a line: `chunk * UNPACKED` lines are as many whole lines of activations.
-            const LINES: usize = 2 * UNPACKED / LINE_STEPS;
-            let parts: [[i32; PANEL]; R] = isa.bytes(vectors, x.map(|x| &x[chunk * LINES..]));
-            for (sum, part) in sums.as_flattened_mut().iter_mut().zip(parts.as_flattened()) {
-                *sum = sum.wrapping_add(*part);
-            }
-        }
-        sums
     }
 }
 
@@ -162,6 +146,30 @@ simd_fn! {
         }
         largest / max
     }
+}
+
+/// Lines of a panel that are unpacked together: they stay in the first-level cache.
+const UNPACKED: usize = 64;
+
+/// [`Isa::halves`] by [`Isa::bytes`].
+pub(super) fn unpacked_halves<const R: usize>(
+    isa: impl Isa,
+    panel: &[Line],
+    x: [&[Line]; R],
+) -> [[i32; PANEL]; R] {
+    let mut unpacked = [Line::ZERO; 2 * UNPACKED];
+    let mut sums = [[0i32; PANEL]; R];
+    for (chunk, lines) in panel.chunks(UNPACKED).enumerate() {
+        let vectors = &mut unpacked[..2 * lines.len()];
+        unpack_halves(lines, vectors);
+        // Two vectors a line: `UNPACKED` lines are a whole number of lines of activations.
+        const LINES: usize = 2 * UNPACKED / LINE_STEPS;
+        let parts: [[i32; PANEL]; R] = isa.bytes(vectors, x.map(|x| &x[chunk * LINES..]));
+        for (sum, part) in sums.as_flattened_mut().iter_mut().zip(parts.as_flattened()) {
+            *sum = sum.wrapping_add(*part);
+        }
+    }
+    sums
 }
 
 simd_fn! {

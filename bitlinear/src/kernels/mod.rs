@@ -127,6 +127,15 @@ trait Isa: Copy + Send + Sync {
     /// If a row of `x` is shorter than the panel.
     fn bytes<const R: usize>(self, panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R];
 
+    /// [`Isa::bytes`] over a panel whose lines hold two code vectors of four bits: the low halves of the bytes, then the high
+    /// ones.
+    ///
+    /// # Panics
+    /// If a row of `x` is shorter than the panel.
+    fn halves<const R: usize>(self, panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+        int::unpacked_halves(self, panel, x)
+    }
+
     /// `sums[r * GROUP_OUTS + o] = Σ_j x[r][j] * (w[o][j] + 1)` over a group of unpacked panels, for all its rows. `sums` has
     /// room for whole tiles of rows; what is written beyond the last row is of no interest.
     fn unpacked(self, group: &Unpacked<'_>, sums: &mut [i32]);

@@ -109,6 +109,10 @@ impl Isa for Amx {
         self.0.bytes(panel, x)
     }
 
+    fn halves<const R: usize>(self, panel: &[Line], x: [&[Line]; R]) -> [[i32; PANEL]; R] {
+        self.0.halves(panel, x)
+    }
+
     fn unpacked(self, group: &Unpacked<'_>, sums: &mut [i32]) {
         let (rows, stride) = (group.rows.next_multiple_of(TILE), group.stride);
         assert!(group.codes.len() >= GROUP * group.steps(), "codes of a whole group");
