@@ -167,12 +167,11 @@ pub fn bench(model: &Model, options: &BenchOptions) -> Result<BenchReport, Bench
         }
     }
     let named = |times: Vec<f64>| Part::ALL.into_iter().zip(times).collect();
-    let weights: usize = model.config().projections().iter().map(|(_, out, columns)| out * columns).sum();
     Ok(BenchReport {
         prompt: Spread::of(prompts),
         generation: Spread::of(generations),
         bytes_per_token: model.bytes_per_token(),
-        operations_per_token: 2 * (weights * model.config().num_hidden_layers) as u64,
+        operations_per_token: 2 * model.config().ternary_parameters(),
         read_bandwidth: Spread::of(bandwidths).median,
         prompt_parts: named(prompt_times),
         generation_parts: named(generation_times),

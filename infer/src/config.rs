@@ -326,6 +326,13 @@ impl ModelConfig {
         ]
     }
 
+    /// Number of weights of the seven projections of all layers, which a quantized model has as ternary ones.
+    pub fn ternary_parameters(&self) -> u64 {
+        let layer = self.projections().into_iter().map(|(_, out, columns)| out as u64 * columns as u64);
+        // It cannot overflow: `validate` counts all parameters.
+        layer.sum::<u64>() * self.num_hidden_layers as u64
+    }
+
     /// Number of weights, a tied head counted once; `None` if it does not fit.
     pub fn parameters(&self) -> Option<u64> {
         let count = |a: usize, b: usize| (a as u64).checked_mul(b as u64);

@@ -31,6 +31,11 @@ impl Avx512Vnni {
         }
         Some(Self { without_vbmi: Some(Avx2::new()?) })
     }
+
+    /// Whether 1.6-bit codes are looked up, which is what makes them fast.
+    pub(super) fn has_vbmi(self) -> bool {
+        self.without_vbmi.is_none()
+    }
 }
 
 impl Isa for Avx512Vnni {

@@ -73,6 +73,9 @@ pub enum KernelError {
     },
 }
 
+/// More than the caches hold of a model beside everything else.
+const CACHE_BYTES: u64 = 64 << 20;
+
 /// Code vectors (or activations: steps of four columns) in a line.
 const LINE_STEPS: usize = 16;
 /// Panels that are unpacked together for many rows of activations.
@@ -216,6 +219,19 @@ impl Kernel {
             asked: name.to_string_lossy().into_owned(),
             available: available.iter().map(|k| k.name()).collect::<Vec<_>>().join(", "),
         })
+    }
+
+    /// The layout in which a model of this many ternary weights makes new tokens fastest: 1.6 bits where memory is the limit
+    /// (the weights fill more than a cache) and the kernel unpacks them as fast as they come, else 2 bits.
+    pub fn layout_for(self, weights: u64) -> Layout {
+        let unpacks_fast = match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Choice::Avx512Vnni(isa) => isa.has_vbmi(),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Choice::Amx(isa) => isa.has_vbmi(),
+            _ => false,
+        };
+        if unpacks_fast && weights / 4 > CACHE_BYTES { Layout::FiveTrit } else { Layout::TwoBit }
     }
 
     /// The name that `BITLINEAR_KERNEL` takes.

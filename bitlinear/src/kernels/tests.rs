@@ -340,6 +340,18 @@ fn activations_are_whole_rows() {
 }
 
 #[test]
+fn small_models_and_slow_unpackers_take_two_bits() {
+    for kernel in compared() {
+        assert_eq!(kernel.layout_for(1 << 20), Layout::TwoBit);
+        let fast = ["avx512vnni", "amx"].contains(&kernel.name());
+        #[cfg(target_arch = "x86_64")]
+        let fast = fast && is_x86_feature_detected!("avx512vbmi");
+        let expected = if fast { Layout::FiveTrit } else { Layout::TwoBit };
+        assert_eq!(kernel.layout_for(2_084_044_800), expected, "{}", kernel.name());
+    }
+}
+
+#[test]
 fn kernels_go_by_their_names() {
     let available = Kernel::available();
     assert_eq!(Kernel::named(None).unwrap(), available[available.len() - 1]);

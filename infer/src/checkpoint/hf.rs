@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bitlinear::kernels::Kernel;
 use bitlinear::packed::{Layout, PackError, TernaryWeight};
 use bytemuck::Pod;
 use half::{bf16, f16};
@@ -22,7 +23,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::{CheckpointError, io_error, packing, write_atomic};
 use crate::config::{ModelConfig, Storage};
-use crate::model::{Data, F32Data, Layer, Model, Projection, Table, Weights};
+use crate::model::{Data, F32Data, Layer, Model, ModelError, Projection, Table, Weights};
 
 /// Sizes and options.
 pub const CONFIG: &str = "config.json";
@@ -42,15 +43,20 @@ const MAX_JSON_BYTES: u64 = 64 << 20;
 /// A file is missing or damaged, the config asks for what is not supported, or a tensor is missing, extra, ill-shaped,
 /// ill-typed, not finite or not ternary; the error names it.
 pub fn read(folder: &Path) -> Result<Model, CheckpointError> {
-    read_with(folder, Layout::default())
+    read_with(folder, None)
 }
 
-/// [`read`] with the ternary weights in a layout of choice.
+/// [`read`] with the ternary weights in a layout of choice; without one, in that which [`Kernel::layout_for`] their number
+/// names.
 ///
 /// # Errors
 /// As [`read`].
-pub fn read_with(folder: &Path, layout: Layout) -> Result<Model, CheckpointError> {
+pub fn read_with(folder: &Path, layout: Option<Layout>) -> Result<Model, CheckpointError> {
     let (config, storage) = read_config(folder)?;
+    let layout = match layout {
+        Some(layout) => layout,
+        None => Kernel::active().map_err(ModelError::from)?.layout_for(config.ternary_parameters()),
+    };
     let tensors = Tensors::open(folder, layout)?;
     let dense = |name: &str, shape: &[usize]| tensors.dense(name, shape);
     let table = [config.vocab_size, config.hidden_size];

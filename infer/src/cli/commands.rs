@@ -63,7 +63,7 @@ fn read(folder: &Path, holding: Option<&Holding>) -> Result<Model> {
     if !folder.join(hf::CONFIG).exists() && exported.join(hf::CONFIG).exists() {
         bail!("this is a training run, not a model; {}; use {}", folder.display(), exported.display());
     }
-    let model = hf::read_with(folder, holding.and_then(Holding::layout).unwrap_or_default())?;
+    let model = hf::read_with(folder, holding.and_then(Holding::layout))?;
     Ok(holding.map_or(Head::Exact, |holding| holding.head).of(model)?)
 }
 
@@ -258,7 +258,7 @@ fn bench_model(args: &BenchArgs, layout: Layout) -> Result<Model> {
                 .with_context(|| format!("the shape cannot be used; {}", shape.display()))?;
             Ok(bench::random_model(&config.0, 0, layout)?)
         }
-        (None, Some(model)) => Ok(hf::read_with(model, layout)?),
+        (None, Some(model)) => Ok(hf::read_with(model, Some(layout))?),
         (None, None) => bail!("nothing to measure; bench; give a model's folder or --shape"),
     }
 }

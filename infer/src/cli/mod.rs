@@ -61,7 +61,7 @@ struct Common {
 /// How a model is held in memory.
 #[derive(Args)]
 struct Holding {
-    /// Layout of the ternary weights, in bits a weight: no logit depends on it [default: 2bit; bench tries both]
+    /// Layout of the ternary weights, in bits a weight: no logit depends on it [default: the faster one here, by the model's size; bench tries both]
     #[arg(long, value_name = "2bit|1.6bit", value_parser = PossibleValuesParser::new(Layout::ALL.map(Layout::name)))]
     layout: Option<String>,
     /// The head as it is in the file, or rounded: to int8, or to int4 with exact logits for the likeliest tokens

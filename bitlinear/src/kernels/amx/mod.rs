@@ -98,6 +98,13 @@ fn may_use_tiles() -> bool {
     refused == 0
 }
 
+impl Amx {
+    /// As [`Avx512Vnni::has_vbmi`].
+    pub(super) fn has_vbmi(self) -> bool {
+        self.0.has_vbmi()
+    }
+}
+
 impl Isa for Amx {
     const NARROW_ROWS: usize = 8;
 
