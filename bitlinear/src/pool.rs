@@ -113,7 +113,8 @@ impl Pool {
 
     /// Calls `work(i)` once for every `i < tasks`, on any of the threads, and returns when all are done.
     ///
-    /// Work that comes from a task, or while another thread's work is under way, is done by the calling thread alone.
+    /// Work that comes from a task of this pool, or while another thread's work is under way, is done by the calling thread
+    /// alone.
     ///
     /// # Panics
     /// If a task does.
@@ -148,8 +149,10 @@ impl Pool {
         // SAFETY: `work` is the reference that this function was given.
         shared.work_off(0, tasks, unsafe { &*work });
         drop(closing);
+        // Looked at while this thread still leads: the flag is of this work.
+        let panicked = shared.panicked.swap(false, Ordering::Relaxed);
         drop(lead);
-        if shared.panicked.swap(false, Ordering::Relaxed) {
+        if panicked {
             panic!("a task panicked on another thread; its message is above");
         }
     }
@@ -222,8 +225,10 @@ impl Shared {
             let job = unsafe { *self.job.get() };
             // SAFETY: as above.
             let work = unsafe { &*job.work };
-            if catch_unwind(AssertUnwindSafe(|| self.work_off(thread, job.tasks, work))).is_err() {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work_off(thread, job.tasks, work))) {
                 self.panicked.store(true, Ordering::Relaxed);
+                // The leader says that there was a panic; to drop what was thrown could throw again.
+                std::mem::forget(panic);
             }
             self.state.fetch_sub(1, Ordering::AcqRel);
         }

@@ -132,7 +132,7 @@ pub fn bench(model: &Model, options: &BenchOptions) -> Result<BenchReport, Bench
         }
     }
     let vocab_size = model.config().vocab_size;
-    // The checks of the caches come before the list of ids, which is as long as asked for. Two, for their clocks.
+    // The checks of the cache come before the list of ids, which is as long as asked for.
     let context = prompt_tokens.saturating_add(gen_tokens);
     let mut cache = KvCache::with_precision(model, context, kv)?;
     let ids: Vec<u32> = (0..context).map(|i| (i * 7919 % vocab_size) as u32).collect();

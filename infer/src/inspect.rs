@@ -1,6 +1,7 @@
 //! What a model is made of: sizes, and scale and share of -1, 0 and +1 of each projection.
 use std::fmt;
 
+use bitlinear::packed::Layout;
 use serde::Serialize;
 
 use crate::model::{Model, Projection};
@@ -12,7 +13,9 @@ pub struct Report {
     pub config: serde_json::Value,
     /// Number of weights, a tied head counted once.
     pub parameters: Option<u64>,
-    /// Bytes of weights that a generated token reads.
+    /// Layout of the ternary weights in memory, if there are any.
+    pub layout: Option<&'static str>,
+    /// Bytes of weights that a generated token reads in this layout.
     pub bytes_per_token: usize,
     /// The seven projections of each layer.
     pub projections: Vec<ProjectionReport>,
@@ -57,6 +60,7 @@ impl Report {
         Self {
             config: model.config().to_json(),
             parameters: model.config().parameters(),
+            layout: model.layout().map(Layout::name),
             bytes_per_token: model.bytes_per_token(),
             projections: projections.collect(),
         }
@@ -93,6 +97,7 @@ impl fmt::Display for Report {
             }
         }
         writeln!(f, "parameters: {}", self.parameters.unwrap_or(0))?;
+        writeln!(f, "layout: {}", self.layout.unwrap_or("none"))?;
         write!(f, "bytes_per_token: {}", self.bytes_per_token)
     }
 }

@@ -175,6 +175,11 @@ fn a_rounded_head_or_cache_is_asked_for_by_name() {
     let exact = loss(&[]);
     for options in [["--head", "int8"], ["--head", "int4"], ["--kv", "f16"]] {
         let rounded = loss(&options);
+        let named = report(
+            folder.path(),
+            &[&["perplexity", "model", "--data", "a.txt", "--json"], &options[..]].concat(),
+        );
+        assert_eq!(named[options[0].trim_start_matches('-')].as_str(), Some(options[1]));
         assert!(
             rounded != exact && (rounded - exact).abs() < 0.003 * exact,
             "{options:?}: {rounded} {exact}"

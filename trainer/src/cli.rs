@@ -207,8 +207,11 @@ fn train(args: &TrainArgs) -> anyhow::Result<ExitCode> {
 
 /// Uses this many threads, one a core if none are named.
 fn use_threads(threads: Option<usize>) -> anyhow::Result<()> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
-    pool.build_global().context("the thread pool cannot be started; run.threads; try fewer")
+    let refused = "the thread pool cannot be started; run.threads; try fewer";
+    rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).build_global().context(refused)?;
+    // The runtime that samples and proves has a pool of its own.
+    bitlinear::pool::Pool::set_global(rayon::current_num_threads()).context(refused)?;
+    Ok(())
 }
 
 /// Says on standard error what is about to be trained.

@@ -21,7 +21,7 @@ const TASKS: usize = 8;
 /// Packed bytes that are worth a task of their own.
 const TASK_BYTES: usize = 8 << 10;
 
-/// `output[r, o] = (Σ_j code_x[r, j] * code_w[o, j]) * (act_scale[r] * weight_scale)` with the fastest kernel.
+/// `output[r, o] = (Σ_j code_x[r, j] * code_w[o, j]) * (act_scale[r] * weight_scale)` with the kernel in use.
 ///
 /// # Shapes
 /// `[rows, in_features] x [out_features, in_features] -> [rows, out_features]`

@@ -1,9 +1,9 @@
 //! Integer products of packed ternary weights with int8 activations.
 //!
-//! One file an instruction set, each behind a type that exists only where the processor has that set; one scalar truth
-//! that all equal bit for bit, since integer sums are exact; one safe entry point, [`matmul_all`], which checks every
-//! shape, picks the kernel once a product, spreads the work over the threads of [`crate::pool`] and applies the scales in
-//! the one shared epilogue. Results depend neither on the kernel, nor on the layout, nor on the number of threads.
+//! One file for each family of instructions, each behind a type that exists only where the processor has them; one scalar
+//! truth that all equal bit for bit, since integer sums are exact; safe entry points ([`matmul_all`] for ternary weights,
+//! [`int_matmul`] for an integer head) which check every shape, turn to the kernel once a product, spread the work over the
+//! threads of [`crate::pool`] and apply the scales in one epilogue. Results depend neither on the kernel, nor on the layout, nor on the number of threads.
 //!
 //! What an instruction set brings is an `Isa`: a panel of 16 weight rows with a few rows of activations straight from
 //! the packed codes (a new token: memory is the limit), and a group of unpacked panels with many (a prompt: arithmetic

@@ -54,7 +54,7 @@ impl QuantizedRows {
     /// share one pass over a row, which never leaves the first-level cache.
     ///
     /// # Panics
-    /// If `columns` is 0 or over [`MAX_IN_FEATURES`], or `make` panics.
+    /// If `columns` is 0 or over [`MAX_IN_FEATURES`], memory has no room for the rows, or `make` panics.
     pub fn fill_with(&mut self, rows: usize, columns: usize, make: impl Fn(usize, &mut [f32]) + Sync) {
         check_columns(columns);
         self.resize(rows, columns);
@@ -120,7 +120,9 @@ impl QuantizedRows {
 
     /// Makes room for rows; what is beyond `rows` and `columns` is zero, the rest has to be written.
     fn resize(&mut self, rows: usize, columns: usize) {
-        let lines = rows.next_multiple_of(ROW_ALIGN) * stride(columns);
+        let lines =
+            rows.checked_next_multiple_of(ROW_ALIGN).and_then(|rows| rows.checked_mul(stride(columns)));
+        let lines = lines.expect("rows of activations that memory has addresses for");
         if columns != self.columns || rows < self.rows || lines > self.codes.len() {
             // Of other rows nothing may be left where zeros belong.
             if lines > self.codes.capacity() {

@@ -13,7 +13,7 @@ use crate::pool::Pool;
 use crate::quant;
 use std::sync::Arc;
 
-/// Around whole steps, lines of either layout (16 and 20 columns), lines of activations (64), and int16 sums (256).
+/// Around whole steps, lines of either layout (16 and 20 columns), lines of activations (64), and AVX2's int16 sums (256).
 const TAILS: [usize; 28] = [
     1, 2, 3, 4, 5, 15, 16, 17, 19, 20, 21, 31, 33, 39, 40, 41, 63, 64, 65, 79, 80, 81, 127, 129, 239, 241,
     256, 257,
@@ -120,7 +120,7 @@ fn the_kernels_that_the_processor_promises_are_compared() {
 }
 
 #[test]
-fn every_number_of_rows_up_to_two_tiles_and_one() {
+fn every_number_of_rows_up_to_65() {
     let (kernels, mut rng) = (compared(), ChaCha8Rng::seed_from_u64(1));
     let mut tails = TAILS.iter().cycle();
     for rows in 0..=2 * 32 + 1 {
@@ -142,7 +142,7 @@ fn every_number_of_outputs_up_to_two_groups_and_one() {
 }
 
 #[test]
-fn every_number_of_columns_up_to_two_tiles_and_one() {
+fn every_number_of_columns_up_to_513() {
     let (kernels, mut rng) = (compared(), ChaCha8Rng::seed_from_u64(3));
     for columns in 1..=2 * 256 + 1 {
         for rows in [1, 2 + columns % 3, 5 + columns % 12] {
@@ -169,7 +169,7 @@ fn fills<T: Copy>(up: T, down: T) -> Vec<impl Fn(usize) -> T> {
 #[test]
 fn extremes_do_not_wrap() {
     let kernels = compared();
-    // 2,048 columns are what the narrow sums hold; 2,304 would wrap them if they were never widened.
+    // Beyond what any int16 sum holds: 256 columns in AVX2, 512 in NEON.
     for columns in [127, 2048, 2049, 2304, 20_000] {
         let x: Vec<f32> = fills(1.0, -1.0).into_iter().flat_map(|fill| (0..columns).map(fill)).collect();
         let w: Vec<i8> = fills(1, -1).into_iter().flat_map(|fill| (0..columns).map(fill)).collect();
@@ -181,7 +181,8 @@ fn extremes_do_not_wrap() {
 #[test]
 fn extremes_that_quantizing_never_gives_do_not_wrap() {
     let kernels = compared();
-    // 240 and 256 columns are what int16 sums hold, 81,920 (and 262,144, see the longest row) what the sums of whole 1.6-bit bytes hold.
+    // int16 sums hold 240 and 256 columns (AVX2; 1.6 and 2 bits), int32 sums of scaled codes 81,920 and 262,144 (AVX-512; see
+    // also the longest row).
     for columns in [128, 240, 256, 260, 320, 2304, 20_480, 20_500, 81_920, 81_940] {
         let x: Vec<i8> = fills(127, -128)
             .into_iter()

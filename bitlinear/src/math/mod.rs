@@ -98,15 +98,15 @@ fn lane_sums<T: Widen>(a: &[T], b: &[f32]) -> [f32; LANES] {
     let (a, a_rest) = a[..len].as_chunks::<LANES>();
     let (b, b_rest) = b[..len].as_chunks::<LANES>();
     let mut lanes = [0f32; LANES];
-    if !a_rest.is_empty() {
-        for (lane, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
-            *lane = a.widen() * b;
-        }
-        lanes = through_memory(lanes);
-    }
     for (a, b) in a.iter().zip(b) {
         for lane in 0..LANES {
             lanes[lane] = a[lane].widen().mul_add(b[lane], lanes[lane]);
+        }
+    }
+    if !a_rest.is_empty() {
+        lanes = through_memory(lanes);
+        for (lane, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+            *lane = a.widen().mul_add(*b, *lane);
         }
     }
     lanes

@@ -1,8 +1,8 @@
 //! Hugging Face checkpoints: a folder with `config.json` and safetensors files.
 //!
 //! Reads dense models and the three dialects of BitNet ([`Storage`]); writes packed codes with a multiplying f32 scale,
-//! the one dialect in which a model loses nothing, or dense f32. f32 tensors are used where they lie in the
-//! memory-mapped file; bf16 and f16 are widened.
+//! the one dialect in which a model loses nothing, or dense f32. Embedding and head are used where they lie in the
+//! memory-mapped file, in their own precision; norms and dense projections are widened to f32.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -46,11 +46,10 @@ pub fn read(folder: &Path) -> Result<Model, CheckpointError> {
     read_with(folder, None)
 }
 
-/// [`read`] with the ternary weights in a layout of choice; without one, in that which [`Kernel::layout_for`] their number
-/// names.
+/// [`read`] with the ternary weights in a layout of choice; without one, in the faster one here ([`Kernel::layout_for`]).
 ///
 /// # Errors
-/// As [`read`].
+/// As [`read`]; or without a layout, `BITLINEAR_KERNEL` names a kernel that cannot run.
 pub fn read_with(folder: &Path, layout: Option<Layout>) -> Result<Model, CheckpointError> {
     let (config, storage) = read_config(folder)?;
     let layout = match layout {

@@ -67,6 +67,13 @@ fn read(folder: &Path, holding: Option<&Holding>) -> Result<Model> {
     Ok(holding.map_or(Head::Exact, |holding| holding.head).of(model)?)
 }
 
+/// Says in a report how the model was held.
+fn say_how(report: &mut Value, model: &Model, holding: &Holding) {
+    report["layout"] = model.layout().map_or("none", Layout::name).into();
+    report["head"] = model.head_precision().into();
+    report["kv"] = holding.kv().name().into();
+}
+
 pub fn generate(args: &GenerateArgs, machine: Machine) -> Result<()> {
     let model = read(&args.model, Some(&args.holding))?;
     let config = model.config();
@@ -121,11 +128,12 @@ pub fn generate(args: &GenerateArgs, machine: Machine) -> Result<()> {
     let decoded = generation.tokens.len().saturating_sub(1);
     let (prompt_speed, speed) = (speed(prompt.len(), prefill), speed(decoded, decode));
     if args.common.json {
-        let report = json!({
+        let mut report = json!({
             "prompt": args.prompt, "text": text, "prompt_ids": prompt, "ids": generation.tokens,
             "stop": generation.stop.name(), "prefill_seconds": prefill, "decode_seconds": decode,
             "prompt_tokens_per_second": prompt_speed, "tokens_per_second": speed,
         });
+        say_how(&mut report, &model, &args.holding);
         return machine.report(true, report);
     }
     finish(writeln!(io::stdout()))?;
@@ -150,7 +158,9 @@ pub fn logits(args: &LogitsArgs, machine: Machine) -> Result<()> {
     let view = TensorView::new(Dtype::F32, shape.clone(), &bytes).context("cannot write the logits")?;
     let file = safetensors::serialize([("logits", view)], None).context("cannot write the logits")?;
     write_atomic(&args.out, &file)?;
-    let report = json!({"out": args.out.display().to_string(), "tokens": shape[0], "vocab_size": shape[1]});
+    let mut report =
+        json!({"out": args.out.display().to_string(), "tokens": shape[0], "vocab_size": shape[1]});
+    say_how(&mut report, &model, &args.holding);
     machine.report(args.common.json, report)
 }
 
@@ -170,6 +180,7 @@ pub fn perplexity(args: &PerplexityArgs, machine: Machine) -> Result<()> {
     if let Some(bits) = bits_per_byte {
         report["bits_per_byte"] = bits.into();
     }
+    say_how(&mut report, &model, &args.holding);
     machine.report(args.common.json, report)
 }
 
@@ -232,11 +243,13 @@ pub fn bench(args: &BenchArgs, machine: Machine) -> Result<()> {
     // The first of equals: `max_by` takes the last.
     let Some((layout, best)) = reports.iter().rev().max_by(|a, b| fastest(a, b)) else { return Ok(()) };
     let name = |layout: &Option<Layout>| layout.map_or("none", Layout::name);
-    let common = json!({
-        "parameters": model.config().parameters(), "repetitions": args.repetitions, "layout": name(layout),
-        "head": model.head_precision(), "kv": args.holding.kv().name(), "peak_memory_bytes": bench::peak_memory(),
+    let mut value = json!({
+        "parameters": model.config().parameters(), "repetitions": args.repetitions,
+        "peak_memory_bytes": bench::peak_memory(),
     });
-    let mut value = common;
+    say_how(&mut value, &model, &args.holding);
+    // The model is held as it was measured last.
+    value["layout"] = name(layout).into();
     for (key, entry) in if args.common.json { bench_json(best, &options) } else { bench_text(best, &options) }
     {
         value[key] = entry;

@@ -13,7 +13,8 @@ pub enum KvPrecision {
     /// As they were computed: the model gives the logits that it was trained to give.
     #[default]
     F32,
-    /// Rounded to f16: half the memory, and faster over long contexts; logits change in the fourth digit.
+    /// Rounded to f16: half the memory, and faster over long contexts; logits change in the fourth digit. Beyond
+    /// 65,504 a value becomes infinite, and the logits with it, which no model comes near.
     F16,
 }
 

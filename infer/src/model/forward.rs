@@ -20,8 +20,8 @@ const ROW_TILE: usize = 8;
 /// Outputs of a tile of a dense product.
 const OUT_TILE: usize = 32;
 
-/// How far below the largest logit, in nats, an int4 head's logits are computed anew: what lies lower has a probability of
-/// e^-8 of the likeliest token's at most.
+/// How far below the largest one, in nats, an int4 head's logits are computed anew: what lies lower has about e^-8 of the
+/// likeliest token's probability at most.
 const REFINED_NATS: f32 = 8.0;
 
 /// Which tokens' logits a forward pass returns.
@@ -150,7 +150,8 @@ impl Model {
 
     /// The head: `logit[t, v] = head[v] · hidden[t]`, of whole rows of [`Model::hidden`].
     ///
-    /// With an int4 head that is rounded, except for the tokens within 8 nats of the likeliest one: theirs are exact.
+    /// With an int4 head that is rounded, except for the tokens within 8 nats of the likeliest one, by the rounded
+    /// logits: theirs are exact.
     ///
     /// # Shapes
     /// `[tokens, hidden_size] -> [tokens, vocab_size]`
