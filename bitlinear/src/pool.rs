@@ -370,13 +370,34 @@ mod tests {
         let pool = Pool::new(3).unwrap();
         for _ in 0..5 {
             std::thread::sleep(4 * SPIN);
-            let seen = Mutex::new(std::collections::BTreeSet::new());
+            // No task ends before all three threads have one; a thread that never comes is an error after a minute.
+            let (arrived, start) = (AtomicUsize::new(0), Instant::now());
             pool.run(3, &|_| {
-                lock(&seen).insert(format!("{:?}", std::thread::current().id()));
-                std::thread::sleep(Duration::from_millis(20));
+                arrived.fetch_add(1, Ordering::SeqCst);
+                while arrived.load(Ordering::SeqCst) < 3 {
+                    assert!(start.elapsed() < Duration::from_secs(60), "a thread did not wake up");
+                    std::thread::yield_now();
+                }
             });
-            assert_eq!(lock(&seen).len(), 3);
         }
+    }
+
+    #[test]
+    fn a_panic_is_told_to_the_leader_whose_work_it_was() {
+        let pool = Pool::new(2).unwrap();
+        std::thread::scope(|scope| {
+            for bad in [true, false] {
+                let pool = &pool;
+                scope.spawn(move || {
+                    for _ in 0..300 {
+                        let result = catch_unwind(AssertUnwindSafe(|| {
+                            pool.run(8, &|task| assert!(!bad || task != 5))
+                        }));
+                        assert_eq!(result.is_err(), bad);
+                    }
+                });
+            }
+        });
     }
 
     #[test]
