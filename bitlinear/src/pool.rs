@@ -210,7 +210,8 @@ impl Shared {
 
     /// The life of a worker.
     fn serve(&self, thread: usize) {
-        let mut done = self.state.load(Ordering::Relaxed) >> 32;
+        // Not the number that stands there by now: a thread that starts late joins the work under way.
+        let mut done = 0;
         while let Some(state) = self.wait(done) {
             done = state >> 32;
             if state & CLOSED != 0
