@@ -73,29 +73,42 @@ simd_fn! {
     /// If there are fewer than 16 rows or `row_len` is not a multiple of 4.
     pub(super) fn pack_panel(layout: Layout, rows: &[u8], row_len: usize, lines: &mut [Line]) {
         assert!(row_len.is_multiple_of(STEP) && rows.len() >= PANEL * row_len, "16 rows of whole steps");
-        let vectors = layout.vectors();
-        for (index, line) in lines.iter_mut().enumerate() {
-            let mut codes = [[1u8; 64]; 5];
-            for (i, vector) in codes[..vectors].iter_mut().enumerate() {
-                let column = (index * vectors + i) * STEP;
-                if column < row_len {
-                    for (r, step) in vector.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
-                        step.copy_from_slice(&rows[r * row_len + column..][..STEP]);
+        let rows: [&[[u8; STEP]]; PANEL] =
+            std::array::from_fn(|r| rows[r * row_len..][..row_len].as_chunks().0);
+        match layout {
+            Layout::TwoBit => {
+                for (index, line) in lines.iter_mut().enumerate() {
+                    let [a, b, c, d] = gather(&rows, 4 * index);
+                    for at in 0..64 {
+                        line.0[at] = a[at] | b[at] << 2 | c[at] << 4 | d[at] << 6;
                     }
                 }
             }
-            for (at, byte) in line.0.iter_mut().enumerate() {
-                let code = |i: usize| codes[i][at];
-                *byte = match layout {
-                    Layout::TwoBit => code(0) | code(1) << 2 | code(2) << 4 | code(3) << 6,
-                    Layout::FiveTrit => {
-                        let value = [1, 2, 3, 4].into_iter().fold(u16::from(code(0)), |v, i| 3 * v + u16::from(code(i)));
-                        (value * 256).div_ceil(243) as u8
+            Layout::FiveTrit => {
+                for (index, line) in lines.iter_mut().enumerate() {
+                    let [a, b, c, d, e] = gather(&rows, 5 * index);
+                    for at in 0..64 {
+                        let value = 81 * a[at] + 27 * b[at] + 9 * c[at] + 3 * d[at] + e[at];
+                        line.0[at] = (u16::from(value) * 256).div_ceil(243) as u8;
                     }
-                };
+                }
             }
         }
     }
+}
+
+/// `N` code vectors from step `first` on.
+#[inline(always)]
+fn gather<const N: usize>(rows: &[&[[u8; STEP]]; PANEL], first: usize) -> [[u8; 64]; N] {
+    let mut vectors = [[1u8; 64]; N];
+    for (i, vector) in vectors.iter_mut().enumerate() {
+        for (codes, row) in vector.as_chunks_mut::<STEP>().0.iter_mut().zip(rows) {
+            if let Some(step) = row.get(first + i) {
+                *codes = *step;
+            }
+        }
+    }
+    vectors
 }
 
 simd_fn! {
