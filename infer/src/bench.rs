@@ -56,6 +56,21 @@ pub struct BenchOptions {
     pub kv: KvPrecision,
 }
 
+impl BenchOptions {
+    /// Whether they measure anything.
+    ///
+    /// # Errors
+    /// A count is zero.
+    pub fn check(&self) -> Result<(), BenchError> {
+        let Self { prompt_tokens, gen_tokens, repetitions, .. } = *self;
+        let counts =
+            [("prompt-tokens", prompt_tokens), ("gen-tokens", gen_tokens), ("repetitions", repetitions)];
+        counts
+            .into_iter()
+            .try_for_each(|(name, count)| if count == 0 { Err(BenchError::Zero(name)) } else { Ok(()) })
+    }
+}
+
 /// Median and extremes of several measurements.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Spread {
@@ -124,13 +139,7 @@ impl BenchReport {
 /// A count is zero, or prompt and new tokens do not fit the model's context.
 pub fn bench(model: &Model, options: &BenchOptions) -> Result<BenchReport, BenchError> {
     let BenchOptions { prompt_tokens, gen_tokens, repetitions, kv } = *options;
-    for (name, count) in
-        [("prompt-tokens", prompt_tokens), ("gen-tokens", gen_tokens), ("repetitions", repetitions)]
-    {
-        if count == 0 {
-            return Err(BenchError::Zero(name));
-        }
-    }
+    options.check()?;
     let vocab_size = model.config().vocab_size;
     // The checks of the cache come before the list of ids, which is as long as asked for.
     let context = prompt_tokens.saturating_add(gen_tokens);

@@ -139,12 +139,15 @@ pub fn generate(args: &GenerateArgs, machine: Machine) -> Result<()> {
     finish(writeln!(io::stdout()))?;
     let _ = writeln!(
         io::stderr(),
-        "prompt {} tokens, {prompt_speed:.0} tokens/s; new {} tokens, {speed:.0} tokens/s; stop: {}; kernel {}, {} threads",
+        "prompt {} tokens, {prompt_speed:.0} tokens/s; new {} tokens, {speed:.0} tokens/s; stop: {}; kernel {}, {} threads, layout {}, head {}, kv {}",
         prompt.len(),
         generation.tokens.len(),
         generation.stop.name(),
         machine.kernel,
         machine.threads,
+        model.layout().map_or("none", Layout::name),
+        model.head_precision(),
+        args.holding.kv().name(),
     );
     Ok(())
 }
@@ -224,12 +227,21 @@ fn read_tokens(data: &Path, model: &Path, config: &ModelConfig) -> Result<(Vec<u
 pub fn bench(args: &BenchArgs, machine: Machine) -> Result<()> {
     // Where no layout is asked for, all are tried; the 2-bit one first, so that ties go to it.
     let layouts = args.holding.layout().map_or(Layout::ALL.to_vec(), |layout| vec![layout]);
-    let mut model = args.holding.head.of(bench_model(args, layouts[0])?)?;
-    let context = model.config().max_position_embeddings;
+    let config = bench_config(args)?;
+    let context = config.max_position_embeddings;
     let prompt_tokens = args.prompt_tokens.unwrap_or(context.div_ceil(2).min(128));
     let gen_tokens = args.gen_tokens.unwrap_or(context.saturating_sub(prompt_tokens).min(64));
     let options =
         BenchOptions { prompt_tokens, gen_tokens, repetitions: args.repetitions, kv: args.holding.kv() };
+    if prompt_tokens.saturating_add(gen_tokens) > context || prompt_tokens == context {
+        bail!(
+            "a prompt of {prompt_tokens} tokens and new ones after it do not fit the context of {context}; \
+             --prompt-tokens, --gen-tokens; give fewer"
+        );
+    }
+    // Told before a large model is made.
+    options.check()?;
+    let mut model = args.holding.head.of(bench_model(args, &config, layouts[0])?)?;
     let mut reports = Vec::new();
     for layout in layouts {
         model = model.with_layout(layout);
@@ -255,28 +267,47 @@ pub fn bench(args: &BenchArgs, machine: Machine) -> Result<()> {
         value[key] = entry;
     }
     if reports.len() > 1 {
-        value["layouts"] = reports.iter().map(|(layout, report)| layout_row(name(layout), report)).collect();
+        let rows = reports.iter().map(|(layout, report)| layout_row(name(layout), report, args.common.json));
+        value["layouts"] = if args.common.json {
+            rows.collect()
+        } else {
+            rows.filter_map(|row| row.as_str().map(str::to_owned)).collect::<Vec<_>>().join("; ").into()
+        };
     }
     machine.report(args.common.json, value)
 }
 
-/// The model to measure: read, or made up.
-fn bench_model(args: &BenchArgs, layout: Layout) -> Result<Model> {
+/// The config of the model to measure.
+fn bench_config(args: &BenchArgs) -> Result<ModelConfig> {
     match (&args.shape, &args.model) {
         (Some(shape), _) => {
             let text = std::fs::read(shape).with_context(|| {
-                format!("cannot read the shape; {}; check that the file exists", shape.display())
+                format!("cannot read the shape; {}; give a model's config.json", shape.display())
             })?;
-            let config = ModelConfig::from_json(&text)
-                .with_context(|| format!("the shape cannot be used; {}", shape.display()))?;
-            Ok(bench::random_model(&config.0, 0, layout)?)
+            let config = ModelConfig::from_json(&text).with_context(|| {
+                format!("the shape cannot be used; {}; give a model's config.json", shape.display())
+            })?;
+            Ok(config.0)
         }
+        (None, Some(model)) => Ok(hf::read_config(model)?.0),
+        (None, None) => bail!("nothing to measure; bench; give a model's folder or --shape"),
+    }
+}
+
+/// The model to measure: read, or made up.
+fn bench_model(args: &BenchArgs, config: &ModelConfig, layout: Layout) -> Result<Model> {
+    match (&args.shape, &args.model) {
+        (Some(_), _) => Ok(bench::random_model(config, 0, layout)?),
         (None, Some(model)) => Ok(hf::read_with(model, Some(layout))?),
         (None, None) => bail!("nothing to measure; bench; give a model's folder or --shape"),
     }
 }
 
-fn layout_row(name: &str, report: &BenchReport) -> Value {
+fn layout_row(name: &str, report: &BenchReport, json: bool) -> Value {
+    if !json {
+        let (prompt, new) = (report.prompt.median, report.generation.median);
+        return format!("{name}: prompt {prompt:.1}, new {new:.1} tokens/s").into();
+    }
     json!({
         "layout": name, "prompt_tokens_per_second": report.prompt.median,
         "gen_tokens_per_second": report.generation.median, "bytes_per_token": report.bytes_per_token,
