@@ -6,13 +6,20 @@
 //! Source: "The Era of 1-bit LLMs" (arXiv 2402.17764, equations 1 to 3), in the form of its authors' "Training Tips,
 //! Code and FAQ", which clamps the scale at [`EPS`] where the paper adds it.
 
-use crate::simd_fn;
+use crate::{pool, simd_fn};
 
 /// Floor of the mean |W| of a weight tensor and of the largest |x| of a token: an all-zero input divides by this.
 pub const EPS: f32 = 1e-5;
 
+/// Floor of the largest |g| of a gradient: only what is as good as zero.
+pub(crate) const GRADIENT_EPS: f32 = 1e-30;
+
 /// Largest magnitude of an activation code.
 pub const ACT_MAX: f32 = 127.0;
+
+/// 1.5 * 2^23. Numbers of this size are 1 apart: added to a small number, it rounds that to an integer, ties to even, which
+/// then is in the lowest bits.
+pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// Weights summed in one go by [`absmean`]: fixed, so that the result does not depend on the number of threads.
 const SUM_CHUNK: usize = 4096;
@@ -52,9 +59,25 @@ simd_fn! {
         assert_eq!(weights.len(), codes.len(), "one code for each weight");
         let inv_scale = 1.0 / weight_scale;
         for (code, &weight) in codes.iter_mut().zip(weights) {
-            *code = ternary(weight, inv_scale) as i8;
+            // As [`ternary`], in comparisons: those vectorise, where a conversion to i8 that must cope with NaN does not.
+            let ratio = weight * inv_scale;
+            *code = i8::from(ratio > 0.5) - i8::from(ratio < -0.5);
         }
     }
+}
+
+/// Weights that a task of [`ternarize_all`] takes.
+const TERNARIZE_CHUNK: usize = 1 << 14;
+
+/// [`ternarize`] with the threads of [`crate::pool`].
+///
+/// # Panics
+/// If the two slices differ in length.
+pub fn ternarize_all(weights: &[f32], weight_scale: f32, codes: &mut [i8]) {
+    assert_eq!(weights.len(), codes.len(), "one code for each weight");
+    pool::for_chunks(codes, TERNARIZE_CHUNK, |chunk, codes| {
+        ternarize(&weights[chunk * TERNARIZE_CHUNK..][..codes.len()], weight_scale, codes);
+    });
 }
 
 /// The ternary code of one weight, as f32: -1, 0 or 1 (NaN stays NaN).
@@ -63,13 +86,13 @@ pub fn ternary(weight: f32, inv_scale: f32) -> f32 {
     (weight * inv_scale).round_ties_even().clamp(-1.0, 1.0)
 }
 
-/// The largest magnitude of a token's activations, at least [`EPS`]. NaN wins over every number, so it is not lost.
+/// The largest magnitude of a token's activations, at least `eps`. NaN wins over every number, so it is not lost.
 #[inline(always)]
-pub(crate) fn absmax(row: &[f32]) -> f32 {
+pub(crate) fn absmax(row: &[f32], eps: f32) -> f32 {
     // The bits of |x| order as |x| does, with NaN above infinity; and an integer maximum vectorises without care for order.
     let bits = row.iter().fold(0u32, |max, x| max.max(x.to_bits() & 0x7fff_ffff));
     let max = f32::from_bits(bits);
-    if max < EPS { EPS } else { max }
+    if max < eps { eps } else { max }
 }
 
 simd_fn! {
@@ -88,14 +111,28 @@ simd_fn! {
     /// # Panics
     /// If the two slices differ in length.
     pub fn quantize_row(row: &[f32], codes: &mut [i8]) -> f32 {
-        assert_eq!(row.len(), codes.len(), "one code for each activation");
-        let max = absmax(row);
-        let inv_scale = ACT_MAX / max;
-        for (code, &x) in codes.iter_mut().zip(row) {
-            *code = activation(x, inv_scale) as i8;
-        }
-        max / ACT_MAX
+        quantize_above(row, EPS, codes)
     }
+}
+
+simd_fn! {
+    /// [`quantize_row`] with another floor than [`EPS`].
+    pub(crate) fn quantize_row_above(row: &[f32], eps: f32, codes: &mut [i8]) -> f32 {
+        quantize_above(row, eps, codes)
+    }
+}
+
+#[inline(always)]
+fn quantize_above(row: &[f32], eps: f32, codes: &mut [i8]) -> f32 {
+    assert_eq!(row.len(), codes.len(), "one code for each activation");
+    let max = absmax(row, eps);
+    let inv_scale = ACT_MAX / max;
+    for (code, &x) in codes.iter_mut().zip(row) {
+        // As [`activation`] and a conversion, which does not vectorise; |ratio| is at most 127, but for a rounding.
+        let ratio = x * inv_scale;
+        *code = (if ratio.is_nan() { 0.0 } else { ratio } + ROUND).to_bits() as i8;
+    }
+    max / ACT_MAX
 }
 
 simd_fn! {
@@ -107,7 +144,7 @@ simd_fn! {
     /// If the two slices differ in length.
     pub fn quantize_row_f32(row: &[f32], codes: &mut [f32]) -> f32 {
         assert_eq!(row.len(), codes.len(), "one code for each activation");
-        let max = absmax(row);
+        let max = absmax(row, EPS);
         let inv_scale = ACT_MAX / max;
         for (code, &x) in codes.iter_mut().zip(row) {
             *code = activation(x, inv_scale);
@@ -150,6 +187,29 @@ mod tests {
     }
 
     #[test]
+    fn ternarizing_in_parallel_changes_nothing() {
+        for len in [0, 1, TERNARIZE_CHUNK, 3 * TERNARIZE_CHUNK + 7] {
+            let weights: Vec<f32> = (0..len).map(|at| (at as f32 * 0.37).sin()).collect();
+            let (scale, expected) = codes_of(&weights);
+            let mut codes = vec![9; len];
+            ternarize_all(&weights, scale, &mut codes);
+            assert!(codes == expected);
+        }
+    }
+
+    #[test]
+    fn both_forms_of_the_ternary_code_agree() {
+        let mut weights: Vec<f32> = vec![f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0];
+        for edge in [0.5f32, 1.0, 1.5, 2.5, 1e-45, f32::MAX] {
+            let near = [edge.next_down(), edge, edge.next_up()];
+            weights.extend(near.into_iter().flat_map(|w| [w, -w]));
+        }
+        let mut codes = vec![9; weights.len()];
+        ternarize(&weights, 1.0, &mut codes);
+        assert!(codes.iter().zip(&weights).all(|(code, &w)| *code == ternary(w, 1.0) as i8));
+    }
+
+    #[test]
     fn activation_codes_round_ties_to_even() {
         let mut codes = [0i8; 5];
         // absmax 127: the factor is 1, so every value is its own code.
@@ -169,9 +229,10 @@ mod tests {
 
     #[test]
     fn nan_and_infinity_reach_the_scale() {
-        for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let mut codes = [0i8; 3];
+        for bad in [f32::NAN, -f32::NAN, f32::from_bits(0x7fc0_0001), f32::INFINITY, f32::NEG_INFINITY] {
+            let mut codes = [9i8; 3];
             assert!(!quantize_row(&[1.0, bad, 2.0], &mut codes).is_finite());
+            assert_eq!(codes[1], 0);
             assert!(!absmean(&[1.0, bad]).is_finite());
         }
     }

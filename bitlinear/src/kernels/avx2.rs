@@ -3,6 +3,7 @@
 
 use std::arch::x86_64::*;
 
+use super::gradient::{Outer, Outputs, STEPS, TILE_ROWS, ZERO};
 use super::{GROUP, GROUP_OUTS, Isa, LINE_STEPS, Unpacked};
 use crate::packed::{Layout, Line, PANEL};
 
@@ -57,6 +58,12 @@ impl Isa for Avx2 {
                 }
             }
         }
+    }
+
+    fn outer(self, block: &Outer<'_>, tile: &mut [Outputs]) {
+        assert!(tile.len() == block.rows() && tile.len() <= TILE_ROWS, "outputs for every row of a tile");
+        // SAFETY: a value of this type exists only where `new` has seen AVX2.
+        unsafe { outer(block, tile) };
     }
 }
 
@@ -154,6 +161,88 @@ fn strip<const R: usize>(group: &Unpacked<'_>, panel: usize, first: usize, sums:
     }
 }
 
+/// Rows of a gradient that pass a panel at once: 6 * 2 sums, 2 vectors of codes, one of the gradient, one of products.
+const OUTER_ROWS: usize = 6;
+
+/// Two lines of int16 for each line of a panel.
+type Widened = [Line; 2 * STEPS];
+
+/// Codes up to 255 would saturate `vpmaddubsw`: both sides are widened to int16, once for all products of the call.
+#[target_feature(enable = "avx2")]
+fn outer(block: &Outer<'_>, tile: &mut [Outputs]) {
+    let mut gradient = [[Line::ZERO; 2 * STEPS]; TILE_ROWS / PANEL];
+    let panels = &mut gradient[..tile.len().div_ceil(PANEL)];
+    for (wide, panel) in panels.iter_mut().zip(block.gradient) {
+        widen_panel(panel, 0, wide);
+    }
+    let mut codes = [Line::ZERO; 2 * STEPS];
+    for (panel, lines) in block.activations.iter().enumerate() {
+        widen_panel(lines, ZERO, &mut codes);
+        for (strip, tile) in tile.chunks_mut(OUTER_ROWS).enumerate() {
+            let (first, scales) = (strip * OUTER_ROWS, &block.scales[strip * OUTER_ROWS..]);
+            match tile.len() {
+                1 => outer_strip::<1>(&gradient, first, &codes, scales, panel, tile),
+                2 => outer_strip::<2>(&gradient, first, &codes, scales, panel, tile),
+                3 => outer_strip::<3>(&gradient, first, &codes, scales, panel, tile),
+                4 => outer_strip::<4>(&gradient, first, &codes, scales, panel, tile),
+                5 => outer_strip::<5>(&gradient, first, &codes, scales, panel, tile),
+                _ => outer_strip::<OUTER_ROWS>(&gradient, first, &codes, scales, panel, tile),
+            }
+        }
+    }
+}
+
+/// The bytes of a panel, with the bits of `flipped` flipped, as int16: of each line first the even ones, then the odd ones. A
+/// 32-bit lane has one feature as before, tokens 0 and 2 or 1 and 3 of it, and needs no shuffle.
+#[target_feature(enable = "avx2")]
+fn widen_panel(panel: &[Line; STEPS], flipped: u8, wide: &mut Widened) {
+    let flipped = _mm256_set1_epi8(flipped as i8);
+    for (line, [even, odd]) in panel.iter().zip(wide.as_chunks_mut::<2>().0) {
+        for half in 0..2 {
+            let bytes = _mm256_xor_si256(load(line, half), flipped);
+            put(even, half, _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(bytes)));
+            put(odd, half, _mm256_srai_epi16::<8>(bytes));
+        }
+    }
+}
+
+/// What a block adds to `R` rows of a tile from `first` on, in the columns of one panel; `scales` and `tile` begin with them.
+#[target_feature(enable = "avx2")]
+fn outer_strip<const R: usize>(
+    gradient: &[Widened; TILE_ROWS / PANEL],
+    first: usize,
+    codes: &Widened,
+    scales: &[f32],
+    panel: usize,
+    tile: &mut [Outputs],
+) {
+    let rows: [(&Widened, usize); R] =
+        std::array::from_fn(|row| (&gradient[(first + row) / PANEL], (first + row) % PANEL));
+    let mut lanes = [[_mm256_setzero_si256(); 2]; R];
+    for (index, codes) in codes.iter().enumerate() {
+        let codes = [load(codes, 0), load(codes, 1)];
+        for r in 0..R {
+            let (gradient, lane) = rows[r];
+            // SAFETY: lane < 16 and index < 2 * STEPS: in one of the lines of `gradient`.
+            let g = unsafe { step(gradient, index * PANEL + lane) };
+            for half in 0..2 {
+                lanes[r][half] = _mm256_add_epi32(lanes[r][half], _mm256_madd_epi16(codes[half], g));
+            }
+        }
+    }
+    for ((outputs, scale), lanes) in tile.iter_mut().zip(scales).zip(lanes) {
+        let outputs = outputs.0.as_chunks_mut::<PANEL>().0[panel].as_chunks_mut::<8>().0;
+        for (outputs, sums) in outputs.iter_mut().zip(lanes) {
+            let product = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(*scale));
+            // SAFETY: the reference is to 32 bytes, and neither load nor store needs an alignment.
+            unsafe {
+                let sum = _mm256_add_ps(_mm256_loadu_ps(outputs.as_ptr()), product);
+                _mm256_storeu_ps(outputs.as_mut_ptr(), sum);
+            }
+        }
+    }
+}
+
 /// Codes up to 255 would saturate `vpmaddubsw`: both sides are widened to int16 first.
 ///
 /// # Safety
@@ -218,6 +307,14 @@ fn load(line: &Line, half: usize) -> __m256i {
     let (halves, _) = line.0.as_chunks::<32>();
     // SAFETY: the reference is to 32 bytes, aligned to 32.
     unsafe { _mm256_load_si256(halves[half].as_ptr().cast()) }
+}
+
+/// Writes half of a line.
+#[target_feature(enable = "avx2")]
+fn put(line: &mut Line, half: usize, bytes: __m256i) {
+    let (halves, _) = line.0.as_chunks_mut::<32>();
+    // SAFETY: the reference is to 32 bytes, aligned to 32.
+    unsafe { _mm256_store_si256(halves[half].as_mut_ptr().cast(), bytes) };
 }
 
 #[target_feature(enable = "avx2")]

@@ -5,6 +5,7 @@
 use std::arch::x86_64::*;
 
 use super::avx2::Avx2;
+use super::gradient::{Outer, Outputs, STEPS};
 use super::{GROUP, GROUP_OUTS, Isa, LINE_STEPS, Unpacked};
 use crate::packed::{Layout, Line, PANEL};
 
@@ -77,6 +78,24 @@ impl Isa for Avx512Vnni {
                     4 => strip::<4>(group, first, sums),
                     5 => strip::<5>(group, first, sums),
                     _ => strip::<ROWS>(group, first, sums),
+                }
+            }
+        }
+    }
+
+    fn outer(self, block: &Outer<'_>, tile: &mut [Outputs]) {
+        assert_eq!(tile.len(), block.rows(), "outputs for every row");
+        for (strip, tile) in tile.chunks_mut(ROWS).enumerate() {
+            let first = strip * ROWS;
+            // SAFETY: a value of this type exists only where `new` has seen the features.
+            unsafe {
+                match tile.len() {
+                    1 => outer_strip::<1>(block, first, tile),
+                    2 => outer_strip::<2>(block, first, tile),
+                    3 => outer_strip::<3>(block, first, tile),
+                    4 => outer_strip::<4>(block, first, tile),
+                    5 => outer_strip::<5>(block, first, tile),
+                    _ => outer_strip::<ROWS>(block, first, tile),
                 }
             }
         }
@@ -212,6 +231,36 @@ fn strip<const R: usize>(group: &Unpacked<'_>, first: usize, sums: &mut [i32]) {
     for (lanes, sums) in lanes.iter().zip(sums.chunks_exact_mut(GROUP_OUTS)) {
         for (lanes, sums) in lanes.iter().zip(sums.as_chunks_mut::<PANEL>().0) {
             *sums = store(*lanes);
+        }
+    }
+}
+
+/// What a block adds to `R` rows of a tile from `first` on; `tile` begins with them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn outer_strip<const R: usize>(block: &Outer<'_>, first: usize, tile: &mut [Outputs]) {
+    let gradient: [(&[Line; STEPS], usize); R] = std::array::from_fn(|row| block.row(first + row));
+    let mut lanes: [[__m512i; GROUP]; R] =
+        std::array::from_fn(|row| [_mm512_set1_epi32(block.start(first + row)); GROUP]);
+    for index in 0..STEPS {
+        let codes: [__m512i; GROUP] = std::array::from_fn(|panel| load(&block.activations[panel][index]));
+        for r in 0..R {
+            let (gradient, lane) = gradient[r];
+            // SAFETY: lane < 16, so that this is in the line `index` of STEPS.
+            let g = unsafe { step(gradient, index * PANEL + lane) };
+            for panel in 0..GROUP {
+                lanes[r][panel] = _mm512_dpbusd_epi32(lanes[r][panel], codes[panel], g);
+            }
+        }
+    }
+    for (r, outputs) in tile.iter_mut().enumerate().take(R) {
+        let scale = _mm512_set1_ps(block.scales[first + r]);
+        for (outputs, sums) in outputs.0.as_chunks_mut::<PANEL>().0.iter_mut().zip(lanes[r]) {
+            let product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale);
+            // SAFETY: the reference is to 64 bytes, and neither load nor store needs an alignment.
+            unsafe {
+                let sum = _mm512_add_ps(_mm512_loadu_ps(outputs.as_ptr()), product);
+                _mm512_storeu_ps(outputs.as_mut_ptr(), sum);
+            }
         }
     }
 }

@@ -139,7 +139,7 @@ impl IntWeight {
 simd_fn! {
     /// The codes of one row as they are stored; returns what a code is multiplied by.
     fn stored_codes(row: &[f32], max: f32, zero: u8, codes: &mut [u8]) -> f32 {
-        let largest = quant::absmax(row);
+        let largest = quant::absmax(row, quant::EPS);
         let inv_scale = max / largest;
         for (code, w) in codes.iter_mut().zip(row) {
             *code = ((w * inv_scale).round_ties_even().clamp(-max, max) as i8 as u8).wrapping_add(zero);

@@ -2,12 +2,12 @@
 //!
 //! One file for each family of instructions, each behind a type that exists only where the processor has them; one scalar
 //! truth that all equal bit for bit, since integer sums are exact; safe entry points ([`matmul_all`] for ternary weights,
-//! [`int_matmul`] for an integer head) which check every shape, turn to the kernel once a product, spread the work over the
+//! [`int_matmul`] for an integer head, [`weight_gradient`] for a weight's gradient) which check every shape, turn to the kernel once a product, spread the work over the
 //! threads of [`crate::pool`] and apply the scales in one epilogue. Results depend neither on the kernel, nor on the layout, nor on the number of threads.
 //!
 //! What an instruction set brings is an `Isa`: a panel of 16 weight rows with a few rows of activations straight from
 //! the packed codes (a new token: memory is the limit), and a group of unpacked panels with many (a prompt: arithmetic
-//! is).
+//! is); and a block of tokens of a weight's gradient.
 //!
 //! `BITLINEAR_KERNEL=scalar|avx2|avx512vnni|amx|neon|neondot` forces a kernel.
 
@@ -21,6 +21,7 @@ mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
+mod gradient;
 mod int;
 mod matmul;
 #[cfg(target_arch = "aarch64")]
@@ -28,6 +29,7 @@ mod neon;
 mod rows;
 mod scalar;
 
+pub use gradient::{ActivationPanels, GradientPanels, TOKEN_BLOCK, weight_gradient};
 pub use int::{Bits, IntWeight, MAX_INT_FEATURES, int_matmul};
 pub use matmul::{matmul, matmul_all, matmul_with};
 pub use rows::QuantizedRows;
@@ -64,6 +66,23 @@ pub enum KernelError {
         rows: usize,
         /// Columns of the activations.
         columns: usize,
+        /// Rows of the weight.
+        out_features: usize,
+        /// Columns of the weight.
+        in_features: usize,
+        /// Values in the output.
+        output: usize,
+    },
+    /// The tokens of gradient and activations, or the length of the output, do not fit.
+    #[error(
+        "weight gradient of [{gradient_tokens}, {out_features}] with activations [{tokens}, {in_features}] into {output} values; \
+         both must have the same tokens and the output must be out_features * in_features long"
+    )]
+    Gradient {
+        /// Tokens of the gradient.
+        gradient_tokens: usize,
+        /// Tokens of the activations.
+        tokens: usize,
         /// Rows of the weight.
         out_features: usize,
         /// Columns of the weight.
@@ -142,6 +161,14 @@ trait Isa: Copy + Send + Sync {
     /// `sums[r * GROUP_OUTS + o] = Σ_j x[r][j] * (w[o][j] + 1)` over a group of unpacked panels, for all its rows. `sums` has
     /// room for whole tiles of rows; what is written beyond the last row is of no interest.
     fn unpacked(self, group: &Unpacked<'_>, sums: &mut [i32]);
+
+    /// `tile[r][i] += (Σ_t g[t][r] * (x[t][i] - 128)) * scales[r]` of stored codes, for all rows and one group of activations
+    /// over one block of tokens. The sum is exact, then rounding follows the product, and the sum with the tile.
+    ///
+    /// # Panics
+    /// If the tile, the scales, the sums and the gradient do not have the same rows, or they are more than
+    /// [`gradient::TILE_ROWS`].
+    fn outer(self, block: &gradient::Outer<'_>, tile: &mut [gradient::Outputs]);
 }
 
 /// A set of instructions to compute with; the ones that this processor has are in [`Kernel::available`].

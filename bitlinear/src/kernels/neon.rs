@@ -7,6 +7,7 @@
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
+use super::gradient::{Outer, Outputs, STEPS};
 use super::{GROUP, GROUP_OUTS, Isa, LINE_STEPS, Unpacked};
 use crate::packed::{Layout, Line, PANEL, STEP};
 
@@ -67,6 +68,11 @@ impl Isa for Neon {
             unsafe { products::<ROWS, PLAIN>(panel, x) }
         });
     }
+
+    fn outer(self, block: &Outer<'_>, tile: &mut [Outputs]) {
+        // SAFETY: a value of this type exists only where `new` has seen NEON.
+        each_outer(block, tile, |rows, first, panel| unsafe { outer(rows, first, panel) });
+    }
 }
 
 impl Isa for NeonDot {
@@ -92,6 +98,11 @@ impl Isa for NeonDot {
             // SAFETY: a value of this type exists only where `new` has seen both features; the rows are long enough (above).
             unsafe { vectors_dot::<ROWS, false>(panel, x) }
         });
+    }
+
+    fn outer(self, block: &Outer<'_>, tile: &mut [Outputs]) {
+        // SAFETY: a value of this type exists only where `new` has seen both features.
+        each_outer(block, tile, |rows, first, panel| unsafe { outer_dot(rows, first, panel) });
     }
 }
 
@@ -280,6 +291,72 @@ unsafe fn vectors_dot<const R: usize, const UNSIGNED: bool>(
     for r in 0..R {
         let taken_off = vshlq_n_s32::<7>(vdupq_n_s32(vaddvq_s32(x_sums[r])));
         lanes[r] = lanes[r].map(|lanes| vaddq_s32(lanes, taken_off));
+    }
+    lanes.map(|lanes| store(lanes))
+}
+
+/// Adds what a block does to every [`ROWS`] rows of a tile, one panel after the other. `strip` gets the panel of the gradient
+/// that the rows are in, their number there, and a panel of activations. The last rows may be some that only fill up a panel.
+fn each_outer(
+    block: &Outer<'_>,
+    tile: &mut [Outputs],
+    strip: impl Fn(&[Line; STEPS], usize, &[Line; STEPS]) -> [[i32; PANEL]; ROWS],
+) {
+    assert_eq!(tile.len(), block.rows(), "outputs for every row");
+    for (index, tile) in tile.chunks_mut(ROWS).enumerate() {
+        let (rows, first) = block.row(index * ROWS);
+        for (panel, lines) in block.activations.iter().enumerate() {
+            let sums = strip(rows, first, lines);
+            for (r, (outputs, sums)) in tile.iter_mut().zip(sums).enumerate() {
+                let scale = block.scales[index * ROWS + r];
+                for (y, sum) in outputs.0.as_chunks_mut::<PANEL>().0[panel].iter_mut().zip(sums) {
+                    *y += sum as f32 * scale;
+                }
+            }
+        }
+    }
+}
+
+/// Baseline NEON: sums of four rows of a gradient's panel, from `first` on, with a panel of activations. Two products of int8
+/// fit in int16, since codes of a gradient are no less than -127: 2 * 127 * 128 = 32,512.
+#[target_feature(enable = "neon")]
+fn outer(rows: &[Line; STEPS], first: usize, panel: &[Line; STEPS]) -> [[i32; PANEL]; ROWS] {
+    assert!(first + ROWS <= PANEL, "rows of one panel");
+    let mut wide = [[vdupq_n_s32(0); 4]; ROWS];
+    for quarter in 0..4 {
+        // Lanes are pairs of tokens: of the quarter's first two features, then of its last two.
+        let mut lanes = [[vdupq_n_s32(0); 2]; ROWS];
+        for (index, pair) in panel.as_chunks::<2>().0.iter().enumerate() {
+            let codes = [0, 1].map(|i| signed::<true>(load(&pair[i], quarter)));
+            for r in 0..ROWS {
+                // SAFETY: first + r < 16 (asserted above) and 2 * index + i < STEPS: in one of the lines of `rows`.
+                let g = [0, 1].map(|i| unsafe { step(rows, (2 * index + i) * PANEL + first + r) });
+                let low = vmull_s8(vget_low_s8(codes[0]), vget_low_s8(g[0]));
+                let low = vmlal_s8(low, vget_low_s8(codes[1]), vget_low_s8(g[1]));
+                let high = vmlal_high_s8(vmull_high_s8(codes[0], g[0]), codes[1], g[1]);
+                lanes[r] = [vpadalq_s16(lanes[r][0], low), vpadalq_s16(lanes[r][1], high)];
+            }
+        }
+        for (wide, [low, high]) in wide.iter_mut().zip(lanes) {
+            wide[quarter] = vpaddq_s32(low, high);
+        }
+    }
+    wide.map(|lanes| store(lanes))
+}
+
+/// [`outer`] with the dot product: the four rows of a step lie side by side, one vector.
+#[target_feature(enable = "neon,dotprod")]
+fn outer_dot(rows: &[Line; STEPS], first: usize, panel: &[Line; STEPS]) -> [[i32; PANEL]; ROWS] {
+    let mut lanes = [[vdupq_n_s32(0); 4]; ROWS];
+    for (rows, codes) in rows.iter().zip(panel) {
+        let g = signed::<false>(load(rows, first / ROWS));
+        for_quarters!(quarter => {
+            let codes = signed::<true>(load(codes, quarter));
+            lanes[0][quarter] = dot::<0>(lanes[0][quarter], codes, g);
+            lanes[1][quarter] = dot::<1>(lanes[1][quarter], codes, g);
+            lanes[2][quarter] = dot::<2>(lanes[2][quarter], codes, g);
+            lanes[3][quarter] = dot::<3>(lanes[3][quarter], codes, g);
+        });
     }
     lanes.map(|lanes| store(lanes))
 }

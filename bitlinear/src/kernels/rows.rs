@@ -56,6 +56,23 @@ impl QuantizedRows {
     /// # Panics
     /// If `columns` is 0 or over [`MAX_IN_FEATURES`], memory has no room for the rows, or `make` panics.
     pub fn fill_with(&mut self, rows: usize, columns: usize, make: impl Fn(usize, &mut [f32]) + Sync) {
+        self.fill_rows(rows, columns, quant::EPS, make);
+    }
+
+    /// [`QuantizedRows::fill_with`] for gradients, which may be small as a whole: their scale has no floor to speak of.
+    ///
+    /// # Panics
+    /// As [`QuantizedRows::fill_with`].
+    pub fn fill_gradients_with(
+        &mut self,
+        rows: usize,
+        columns: usize,
+        make: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        self.fill_rows(rows, columns, quant::GRADIENT_EPS, make);
+    }
+
+    fn fill_rows(&mut self, rows: usize, columns: usize, eps: f32, make: impl Fn(usize, &mut [f32]) + Sync) {
         check_columns(columns);
         self.resize(rows, columns);
         let stride = self.stride();
@@ -71,7 +88,7 @@ impl QuantizedRows {
                 unsafe {
                     let codes = codes.get().add(row * stride).cast::<i8>();
                     let codes = std::slice::from_raw_parts_mut(codes, columns);
-                    *scales.get().add(row) = quant::quantize_row(&values, codes);
+                    *scales.get().add(row) = quant::quantize_row_above(&values, eps, codes);
                     *sums.get().add(row) = code_sum(codes);
                 }
             }
@@ -84,7 +101,7 @@ impl QuantizedRows {
         self.resize(2 * (activations.len() / columns), columns);
         let stride = self.stride();
         for (row, values) in activations.chunks_exact(columns).enumerate() {
-            let max = quant::absmax(values);
+            let max = quant::absmax(values, quant::EPS);
             let inv_scale = PLANES_MAX / max;
             let planes = &mut self.codes[2 * row * stride..][..2 * stride];
             let mut sums = [0, 0];
@@ -165,6 +182,11 @@ impl QuantizedRows {
     /// Lines of the rows from `row` on, in whole tiles of [`ROW_ALIGN`] if `row` is a multiple of that.
     pub(super) fn lines_from(&self, row: usize) -> &[Line] {
         &self.codes[row * self.stride()..]
+    }
+
+    /// What the codes of each row are multiplied by.
+    pub fn scales(&self) -> &[f32] {
+        &self.scales
     }
 
     pub(super) fn scale(&self, row: usize) -> f32 {

@@ -1,5 +1,6 @@
 //! The scalar kernel: the truth that every other kernel equals.
 
+use super::gradient::{Outer, Outputs};
 use super::{GROUP, GROUP_OUTS, Isa, Unpacked};
 use crate::packed::{Layout, Line, PANEL, STEP, unpack_lines};
 
@@ -40,6 +41,21 @@ impl Isa for Scalar {
                     add_step(codes, group.row(row), step, &mut of_panel);
                 }
                 sums[row * GROUP_OUTS + panel * PANEL..][..PANEL].copy_from_slice(&of_panel);
+            }
+        }
+    }
+
+    fn outer(self, block: &Outer<'_>, tile: &mut [Outputs]) {
+        for (row, outputs) in tile.iter_mut().enumerate() {
+            let (gradient, lane) = block.row(row);
+            for (panel, outputs) in block.activations.iter().zip(outputs.0.as_chunks_mut::<PANEL>().0) {
+                let mut sums = [block.start(row); PANEL];
+                for (step, codes) in panel.iter().enumerate() {
+                    add_step(codes, gradient, step * PANEL + lane, &mut sums);
+                }
+                for (y, sum) in outputs.iter_mut().zip(sums) {
+                    *y += sum as f32 * block.scales[row];
+                }
             }
         }
     }

@@ -23,7 +23,7 @@ const TAILS: [usize; 28] = [
 const OUTS: usize = 2 * GROUP_OUTS + 1;
 
 /// What is compared. Printed, so that a log shows what a green test stands for.
-fn compared() -> Vec<Kernel> {
+pub(super) fn compared() -> Vec<Kernel> {
     #[allow(unused_mut)]
     let mut kernels = Kernel::available();
     print!("kernels compared: {}", kernels.iter().map(|k| k.name()).collect::<Vec<_>>().join(" "));
@@ -209,10 +209,10 @@ fn the_longest_row_fits() {
 fn int_oracle(x: &[f32], w: &[f32], columns: usize, max: f32) -> Vec<u32> {
     let mut out = Vec::new();
     for x in x.chunks_exact(columns) {
-        let largest = quant::absmax(x);
+        let largest = quant::absmax(x, quant::EPS);
         let codes: Vec<i64> = x.iter().map(|x| (x * (32512.0 / largest)).round_ties_even() as i64).collect();
         for w in w.chunks_exact(columns) {
-            let of_row = quant::absmax(w);
+            let of_row = quant::absmax(w, quant::EPS);
             let product = |(x, w): (&i64, &f32)| x * (w * (max / of_row)).round_ties_even() as i64;
             let sum: i64 = codes.iter().zip(w).map(product).sum();
             out.push((sum as f32 * (largest / 32512.0 * (of_row / max))).to_bits());
@@ -373,7 +373,7 @@ fn kernels_go_by_their_names() {
     }
 }
 
-fn bits(output: &[f32]) -> Vec<u32> {
+pub(super) fn bits(output: &[f32]) -> Vec<u32> {
     output.iter().map(|y| y.to_bits()).collect()
 }
 

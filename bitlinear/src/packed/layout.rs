@@ -111,6 +111,66 @@ fn gather<const N: usize>(rows: &[&[[u8; STEP]]; PANEL], first: usize) -> [[u8; 
     vectors
 }
 
+/// The code vectors of a step of four rows and 64 columns, as columns of four rows of 16 panels' rows: byte `4 f + c` of vector
+/// `p` is `columns[c][16 p + f]`.
+#[inline(always)]
+pub(crate) fn interleave([a, b, c, d]: [&[u8; 64]; STEP]) -> [Line; 64 / PANEL] {
+    let mut vectors = [Line::ZERO; 64 / PANEL];
+    for (p, vector) in vectors.iter_mut().enumerate() {
+        for (f, bytes) in vector.0.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
+            let at = p * PANEL + f;
+            // As a sum of wide lanes: that vectorises everywhere, four bytes side by side do not.
+            let lane = [a[at], b[at], c[at], d[at]].map(u32::from);
+            *bytes = (lane[0] | lane[1] << 8 | lane[2] << 16 | lane[3] << 24).to_le_bytes();
+        }
+    }
+    vectors
+}
+
+/// Columns of a matrix that become rows of panels together: what a cache line holds of its codes.
+pub(super) const WIDE: usize = 64;
+/// Columns that a line of the 2-bit layout holds.
+const TWO_BIT_COLUMNS: usize = 4 * STEP;
+
+/// Codes of a row that is not there.
+static NO_ROW: [i8; WIDE] = [0; WIDE];
+
+simd_fn! {
+    /// Packs columns `first` to `first + 64` of a matrix of ternary codes as rows of four panels of `panel_lines` lines, at two bits;
+    /// `rows` are the rows of the matrix. Panels of which no line is in `lines` are left out. Tells whether all codes were ternary.
+    ///
+    /// # Panics
+    /// If `lines` has no room for all rows.
+    pub(super) fn pack_columns(rows: &[&[i8]], first: usize, panel_lines: usize, lines: &mut [Line]) -> bool {
+        let mut largest = [0u8; WIDE];
+        for (index, rows) in rows.chunks(TWO_BIT_COLUMNS).enumerate() {
+            // Byte `c` of a step, of all columns: four codes, as they are in a byte of the line.
+            let mut columns = [[0u8; WIDE]; STEP];
+            for at in 0..TWO_BIT_COLUMNS {
+                let mut padded = NO_ROW;
+                let codes = match rows.get(at).map(|row| &row[first..]) {
+                    None => &NO_ROW,
+                    Some(row) => row.first_chunk().unwrap_or_else(|| {
+                        padded[..row.len()].copy_from_slice(row);
+                        &padded
+                    }),
+                };
+                let (step, column) = (at / STEP, &mut columns[at % STEP]);
+                for f in 0..WIDE {
+                    let code = codes[f].wrapping_add(1) as u8;
+                    largest[f] = largest[f].max(code);
+                    column[f] |= code << (2 * step);
+                }
+            }
+            let [a, b, c, d] = &columns;
+            for (panel, line) in lines.chunks_exact_mut(panel_lines).zip(interleave([a, b, c, d])) {
+                panel[index] = line;
+            }
+        }
+        largest.iter().fold(0, |max, code| max.max(*code)) <= 2
+    }
+}
+
 simd_fn! {
     /// Unpacks lines to code vectors, `layout.vectors()` of them a line; what there is more of in `vectors` becomes 0.
     ///
@@ -177,6 +237,14 @@ mod tests {
             }
             assert!(vectors[5] == Line::ZERO);
         }
+    }
+
+    #[test]
+    fn interleaved_columns_are_code_vectors() {
+        let columns: [[u8; 64]; 4] = std::array::from_fn(|c| std::array::from_fn(|r| (4 * r + c) as u8));
+        let vectors = interleave([&columns[0], &columns[1], &columns[2], &columns[3]]);
+        let bytes = vectors.iter().flat_map(|vector| vector.0);
+        assert!(bytes.enumerate().all(|(at, byte)| byte == at as u8));
     }
 
     #[test]

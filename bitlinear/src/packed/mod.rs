@@ -7,9 +7,10 @@ mod layout;
 mod lines;
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-pub(crate) use layout::unpack_lines;
 pub use layout::{Layout, PANEL, STEP};
+pub(crate) use layout::{interleave, unpack_lines};
 pub use lines::{Line, zeroed};
 
 use crate::pool;
@@ -135,6 +136,49 @@ impl TernaryWeight {
         Self::pack(&codes, out_features, in_features, weight_scale)
     }
 
+    /// Packs the transpose of matrices of ternary codes, each row-major `[out_k, in_features]`, one after the other: a weight
+    /// `[in_features, Σ out_k]` at two bits, with a scale of 1. Its product with the rows `[g_1 w_1, g_2 w_2, ..]`, gradients of
+    /// the outputs of weights with scales `w_k`, is the gradient of the input that these weights share.
+    ///
+    /// # Errors
+    /// A part is not whole rows of `in_features`, or a code is not ternary (the first one in the order of the transpose's rows
+    /// and columns is named).
+    pub fn transposed(parts: &[&[i8]], in_features: usize) -> Result<Self, PackError> {
+        for part in parts {
+            if !part.len().is_multiple_of(in_features) {
+                let out_features = part.len().checked_div(in_features).unwrap_or(0);
+                return Err(PackError::Shape { out_features, in_features, found: part.len() });
+            }
+        }
+        let rows: Vec<&[i8]> = parts.iter().flat_map(|part| part.chunks_exact(in_features.max(1))).collect();
+        let panel_lines = Layout::TwoBit.lines(rows.len());
+        let mut lines = zeroed(in_features.div_ceil(PANEL) * panel_lines);
+        let bad = AtomicBool::new(false);
+        if !lines.is_empty() {
+            pool::for_chunks(&mut lines, layout::WIDE / PANEL * panel_lines, |chunk, lines| {
+                if !layout::pack_columns(&rows, chunk * layout::WIDE, panel_lines, lines) {
+                    bad.store(true, Ordering::Relaxed);
+                }
+            });
+        }
+        if bad.into_inner() {
+            for row in 0..in_features {
+                for (column, codes) in rows.iter().enumerate() {
+                    if !(-1..=1).contains(&codes[row]) {
+                        return Err(PackError::Code { row, column, code: codes[row] });
+                    }
+                }
+            }
+        }
+        Ok(Self {
+            out_features: in_features,
+            in_features: rows.len(),
+            weight_scale: 1.0,
+            layout: Layout::TwoBit,
+            lines,
+        })
+    }
+
     /// The same weight in another layout, one panel at a time.
     pub fn with_layout(&self, layout: Layout) -> Self {
         if layout == self.layout {
@@ -253,6 +297,47 @@ mod tests {
             assert!(matches!(TernaryWeight::pack(&[0], 1, 1, scale), Err(PackError::Scale(_))));
         }
         assert!(TernaryWeight::from_latent(&[f32::NAN], 1, 1).is_err());
+    }
+
+    /// Ternary codes with no pattern.
+    fn some_codes(len: usize) -> Vec<i8> {
+        (0..len as u64).map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as i8 % 2).collect()
+    }
+
+    /// [`TernaryWeight::transposed`] by its definition.
+    fn transpose_and_pack(parts: &[&[i8]], in_features: usize) -> TernaryWeight {
+        let rows: Vec<&[i8]> = parts.iter().flat_map(|part| part.chunks_exact(in_features)).collect();
+        let codes: Vec<i8> = (0..in_features).flat_map(|i| rows.iter().map(move |row| row[i])).collect();
+        TernaryWeight::pack(&codes, in_features, rows.len(), 1.0).unwrap()
+    }
+
+    #[test]
+    fn transposed_packs_the_transpose() {
+        let columns = [1, 2, 15, 16, 17, 48, 49, 63, 64, 65, 80, 127, 128, 130, 200];
+        for in_features in columns {
+            for outs in [&[1][..], &[3, 5], &[16], &[15, 1, 17], &[0, 33, 2, 0], &[64, 64], &[7; 9], &[]] {
+                let codes: Vec<Vec<i8>> = outs.iter().map(|out| some_codes(out * in_features)).collect();
+                let parts: Vec<&[i8]> = codes.iter().map(|codes| &**codes).collect();
+                let weight = TernaryWeight::transposed(&parts, in_features).unwrap();
+                assert!(weight == transpose_and_pack(&parts, in_features), "{outs:?} x {in_features}");
+            }
+        }
+        let nothing = TernaryWeight::transposed(&[&[], &[]], 0).unwrap();
+        assert_eq!((nothing.out_features(), nothing.in_features()), (0, 0));
+    }
+
+    #[test]
+    fn transposed_refuses_what_it_cannot_pack() {
+        for (parts, in_features, found) in [([&[1, 0, 1][..], &[0; 4][..]], 3, 4), ([&[], &[1]], 0, 1)] {
+            let error = TernaryWeight::transposed(&parts, in_features).unwrap_err();
+            assert!(matches!(error, PackError::Shape { found: named, .. } if named == found), "{error}");
+        }
+        for code in [i8::MIN, -2, 2, i8::MAX] {
+            let (mut first, mut second) = (some_codes(17 * 90), some_codes(5 * 90));
+            (first[3 * 90 + 80], second[2 * 90 + 70], second[4 * 90 + 70]) = (3, code, 3);
+            let error = TernaryWeight::transposed(&[&first, &second], 90).unwrap_err();
+            assert_eq!(error, PackError::Code { row: 70, column: 17 + 2, code });
+        }
     }
 
     #[test]

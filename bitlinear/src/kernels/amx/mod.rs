@@ -11,6 +11,7 @@ use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
 use super::avx512vnni::Avx512Vnni;
+use super::gradient::{Outer, Outputs};
 use super::rows::ROW_ALIGN;
 use super::{GROUP, GROUP_OUTS, Isa, LINE_STEPS, Unpacked};
 use crate::packed::{Layout, Line, PANEL};
@@ -158,6 +159,11 @@ impl Isa for Amx {
         }
         // SAFETY: as for `configure`.
         unsafe { release() };
+    }
+
+    /// Left to AVX-512: a tile of the gradient would need rows of 64 tokens, where panels have four tokens of 16 rows.
+    fn outer(self, block: &Outer<'_>, tile: &mut [Outputs]) {
+        self.0.outer(block, tile);
     }
 }
 
