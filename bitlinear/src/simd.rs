@@ -4,6 +4,11 @@
 //! each fused multiply-add becomes a library call. So [`simd_fn!`](crate::simd_fn) repeats the body inside a function
 //! that has the instructions enabled; functions marked `#[inline(always)]` that it calls become part of it.
 
+use std::sync::OnceLock;
+
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::KERNEL_VARIABLE;
+
 /// What [`simd_fn!`](crate::simd_fn) chooses from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Level {
@@ -17,18 +22,22 @@ pub enum Level {
     Avx512,
 }
 
-/// The widest level that this processor has; the standard library remembers the answer.
+/// The widest level that this processor has, but at most AVX2 where `BITLINEAR_KERNEL` is `avx2`. Decided once a process.
 #[inline]
 pub fn level() -> Level {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        let avx512 = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl");
-        return if avx512 { Level::Avx512 } else { Level::Avx2 };
-    }
-    Level::Baseline
+    static LEVEL: OnceLock<Level> = OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+                && std::env::var_os(KERNEL_VARIABLE).is_none_or(|name| name != "avx2");
+            return if avx512 { Level::Avx512 } else { Level::Avx2 };
+        }
+        Level::Baseline
+    })
 }
 
 /// Defines a function whose body is compiled for each [`Level`](crate::simd::Level) and dispatched at each call; it may be

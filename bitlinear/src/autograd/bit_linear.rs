@@ -4,8 +4,8 @@ use std::borrow::Cow;
 use candle_core::{CpuStorage, CustomOp2, Layout, Module, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::product::{Matrix, product};
 use super::{TOKEN_CHUNK, rows, tensor_like, values, with_values};
+use crate::products::{Matrix, Precision, product};
 use crate::{quant, simd_fn};
 
 /// A bias-free linear layer with f32 latent weights `[out_features, in_features]`, computed as in BitNet b1.58.
@@ -109,7 +109,7 @@ impl CustomOp2 for Op {
             integer_product(x, latent, in_features)
         } else {
             let (x, w) = (activations(x, in_features, self.lambda), weights(latent, self.lambda));
-            product(Matrix::new(&x, in_features), Matrix::new(&w, in_features).t())
+            product(Precision::F32, Matrix::new(&x, in_features), Matrix::new(&w, in_features).t())
         };
         let mut dims = x_layout.dims().to_vec();
         dims[x_layout.dims().len() - 1] = out_features;
@@ -128,9 +128,9 @@ impl CustomOp2 for Op {
         let (grad_x, grad_w) = with_values([x, latent, grad], self.name(), |[x, latent, grad]| {
             let grad = Matrix::new(grad, out_features);
             let w = weights(latent, self.lambda);
-            let grad_x = product(grad, Matrix::new(&w, in_features));
+            let grad_x = product(Precision::F32, grad, Matrix::new(&w, in_features));
             let x = activations(x, in_features, self.lambda);
-            Ok((grad_x, product(grad.t(), Matrix::new(&x, in_features))))
+            Ok((grad_x, product(Precision::F32, grad.t(), Matrix::new(&x, in_features))))
         })?;
         Ok((Some(tensor_like(grad_x, x)?), Some(tensor_like(grad_w, latent)?)))
     }
@@ -150,7 +150,8 @@ fn integer_product(x: &[f32], latent: &[f32], in_features: usize) -> Vec<f32> {
             }
         });
     let (ternary, weight_scale) = ternary(latent);
-    let mut y = product(Matrix::new(&codes, in_features), Matrix::new(&ternary, in_features).t());
+    let mut y =
+        product(Precision::F32, Matrix::new(&codes, in_features), Matrix::new(&ternary, in_features).t());
     let out_features = latent.len() / in_features;
     (y.par_chunks_mut(TOKEN_CHUNK * out_features), act_scales.par_chunks(TOKEN_CHUNK))
         .into_par_iter()

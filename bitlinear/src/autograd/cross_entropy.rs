@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::product::{Matrix, multiply, product};
 use super::{TOKEN_CHUNK, tensor_like, values, with_values};
+use crate::products::{Matrix, Precision, multiply, product};
 use crate::{math, simd_fn};
 
 /// Tokens whose logits exist at once.
@@ -39,7 +39,7 @@ pub fn head_loss(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Vec<
         let chunks = hidden.chunks(LOGITS_CHUNK * features).zip(targets.chunks(LOGITS_CHUNK));
         Ok(chunks
             .flat_map(|(hidden, targets)| {
-                let mut logits = product(Matrix::new(hidden, features), head.t());
+                let mut logits = product(Precision::F32, Matrix::new(hidden, features), head.t());
                 losses(&mut logits, targets)
             })
             .collect())
@@ -91,7 +91,7 @@ impl CustomOp2 for Op {
             hidden.chunks(chunk).zip(grad_hidden.chunks_mut(chunk)).zip(self.targets.chunks(LOGITS_CHUNK));
         for ((hidden, grad_hidden), targets) in chunks {
             let hidden = Matrix::new(hidden, features);
-            let mut logits = product(hidden, matrix.t());
+            let mut logits = product(Precision::F32, hidden, matrix.t());
             total += losses(&mut logits, targets).into_iter().map(f64::from).sum::<f64>();
             // `losses` left the probabilities: now the gradient of the logits.
             let vocab = logits.len() / targets.len();
@@ -105,8 +105,8 @@ impl CustomOp2 for Op {
                     }
                 });
             let logits = Matrix::new(&logits, vocab);
-            multiply(logits, matrix, 0.0, grad_hidden);
-            multiply(logits.t(), hidden, 1.0, &mut grad_head);
+            multiply(Precision::F32, logits, matrix, 0.0, grad_hidden);
+            multiply(Precision::F32, logits.t(), hidden, 1.0, &mut grad_head);
         }
         *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = Some((grad_hidden, grad_head));
         Ok((CpuStorage::F32(vec![(total / tokens as f64) as f32]), Shape::from(())))

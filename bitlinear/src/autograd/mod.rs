@@ -13,7 +13,6 @@ mod attention;
 mod bit_linear;
 mod cross_entropy;
 mod gated;
-mod product;
 mod rms_norm;
 
 pub use attention::{Heads, attention};

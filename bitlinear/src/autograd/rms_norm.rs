@@ -94,24 +94,13 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// Gradients of some tokens: writes `grad_x`, adds to `grad_w`.
+    /// Gradients of some tokens: adds to `grad_x` and `grad_w`.
     fn backward(x: &[f32], weight: &[f32], grad: &[f32], eps: f32, grad_x: &mut [f32], grad_w: &mut [f32]) {
         let features = weight.len();
-        let mut weighted = vec![0f32; features]; // w_i dy_i
-        for ((x, grad), grad_x) in
-            x.chunks_exact(features).zip(grad.chunks_exact(features)).zip(grad_x.chunks_exact_mut(features))
-        {
-            for ((weighted, w), g) in weighted.iter_mut().zip(weight).zip(grad) {
-                *weighted = w * g;
-            }
-            let factor = math::inverse_rms(x, eps);
-            let pull = math::dot(&weighted, x) * factor * factor * factor / features as f32;
-            for ((grad_x, weighted), x) in grad_x.iter_mut().zip(&weighted).zip(x) {
-                *grad_x = weighted * factor - x * pull;
-            }
-            for ((grad_w, g), x) in grad_w.iter_mut().zip(grad).zip(x) {
-                *grad_w += g * (x * factor);
-            }
+        let mut weighted = vec![0f32; features];
+        let rows = x.chunks_exact(features).zip(grad.chunks_exact(features));
+        for ((x, grad), grad_x) in rows.zip(grad_x.chunks_exact_mut(features)) {
+            math::rms_norm_backward(x, weight, grad, eps, &mut weighted, grad_x, grad_w);
         }
     }
 }

@@ -6,6 +6,7 @@ use super::*;
 use crate::kernels::{self, QuantizedRows};
 use crate::math::{self, Activation, RopeTable};
 use crate::packed::TernaryWeight;
+use crate::pool::Pool;
 
 /// Forward of the fully quantized layer and the packed product of the same values.
 fn both_products(x: &Tensor, w: &Tensor) -> (Vec<u32>, Vec<u32>) {
@@ -207,10 +208,15 @@ fn results_do_not_depend_on_the_number_of_threads() {
             &scalar,
         ),
     ];
-    let pools =
-        [1, 2, 3].map(|threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap());
+    // rayon's threads for the passes over tokens, ours for the products.
+    let pools = [1, 2, 3].map(|threads| {
+        let rayon = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        (rayon, Arc::new(Pool::new(threads).unwrap()))
+    });
     for (name, op, inputs, upstream) in cases {
-        let [one, two, three] = pools.each_ref().map(|pool| pool.install(|| all_bits(op, &inputs, upstream)));
+        let [one, two, three] = pools
+            .each_ref()
+            .map(|(rayon, pool)| rayon.install(|| pool.install(|| all_bits(op, &inputs, upstream))));
         assert!(one == two && one == three, "{name}");
     }
 }
