@@ -10,6 +10,8 @@
 //! * [`pool`]: threads with barriers cheap enough for the pieces of a token;
 //! * [`math`]: the f32 arithmetic around them (norm, rotary embedding, attention, activation functions);
 //! * [`simd`]: one plain function compiled for several vector instruction sets;
+//! * [`training`] (feature `train`): the operations of a training step with their backwards, on plain slices;
+//!   [`products`]: the dense products among them;
 //! * [`autograd`] (feature `candle`, on by default): the same as differentiable operations on candle tensors.
 //!
 //! Without features the crate depends on no deep-learning stack.
@@ -19,5 +21,9 @@ pub mod kernels;
 pub mod math;
 pub mod packed;
 pub mod pool;
+#[cfg(feature = "train")]
+pub mod products;
 pub mod quant;
 pub mod simd;
+#[cfg(feature = "train")]
+pub mod training;

@@ -333,6 +333,26 @@ pub fn for_chunks<T: Send>(data: &mut [T], width: usize, work: impl Fn(usize, &m
     });
 }
 
+/// Calls `work(i, item i)` once for every item, and returns the results in the order of items.
+///
+/// # Panics
+/// If a task does.
+pub fn map<T: Send, R: Send>(
+    items: impl IntoIterator<Item = T>,
+    work: impl Fn(usize, T) -> R + Sync,
+) -> Vec<R> {
+    let places: Vec<_> = items.into_iter().map(|item| Mutex::new((Some(item), None))).collect();
+    run(places.len(), &|index| {
+        let mut place = lock(&places[index]);
+        if let Some(item) = place.0.take() {
+            place.1 = Some(work(index, item));
+        }
+    });
+    let results =
+        places.into_iter().map(|place| place.into_inner().unwrap_or_else(PoisonError::into_inner).1);
+    results.map(|result| result.expect("`run` has called every task")).collect()
+}
+
 /// The start of a slice whose parts are given to tasks.
 pub(crate) struct Pointer<T>(pub(crate) *mut T);
 
@@ -429,6 +449,20 @@ mod tests {
             pool.run(100, &|_| _ = count.fetch_add(1, Ordering::Relaxed));
             assert_eq!(count.into_inner(), 100);
         }
+    }
+
+    #[test]
+    fn map_gives_every_item_once_and_keeps_the_order() {
+        let mut data = vec![0; 1003];
+        let pool = Arc::new(Pool::new(3).unwrap());
+        let sums = pool.install(|| {
+            map(data.chunks_mut(10), |index, chunk| {
+                chunk.fill(index);
+                chunk.iter().sum::<usize>()
+            })
+        });
+        assert!(sums.iter().enumerate().all(|(i, sum)| *sum == i * if i == 100 { 3 } else { 10 }));
+        assert!(data.iter().enumerate().all(|(at, x)| *x == at / 10));
     }
 
     #[test]

@@ -314,6 +314,33 @@ pub fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
     }
 }
 
+/// Gradients of [`rms_norm`] of one token, added to `grad_x` and `grad_weight`: with `f = 1 / sqrt(mean(x^2) + eps)` and `n`
+/// features, `dx_i = f w_i dy_i - x_i f^3 / n Σ_j w_j dy_j x_j` and `dw_i = dy_i x_i f`.
+///
+/// `weighted` is room for as many values as `x` has.
+#[inline(always)]
+pub fn rms_norm_backward(
+    x: &[f32],
+    weight: &[f32],
+    grad: &[f32],
+    eps: f32,
+    weighted: &mut [f32],
+    grad_x: &mut [f32],
+    grad_weight: &mut [f32],
+) {
+    for ((weighted, w), g) in weighted.iter_mut().zip(weight).zip(grad) {
+        *weighted = w * g;
+    }
+    let factor = inverse_rms(x, eps);
+    let pull = dot(weighted, x) * factor * factor * factor / x.len() as f32;
+    for ((grad_x, weighted), x) in grad_x.iter_mut().zip(weighted.iter()).zip(x) {
+        *grad_x += weighted * factor - x * pull;
+    }
+    for ((grad_w, g), x) in grad_weight.iter_mut().zip(grad).zip(x) {
+        *grad_w += g * (x * factor);
+    }
+}
+
 /// Cosines and sines of the rotary position embedding for positions `0..positions`.
 ///
 /// Half-split form ("NeoX", `rotate_half`): element `i` is paired with `i + head_dim / 2` and turned by the angle

@@ -1,0 +1,305 @@
+//! Causal attention with grouped heads and rotary position embedding, a block of queries at a time.
+//!
+//! The forward is in f32: a rounding there would move int8 codes behind it, and what is trained would not be what is run.
+//!
+//! The score matrix never exists: the weights of a block of queries with all keys before it do, and the backward computes
+//! them again from the logarithm of each row's sum, as FlashAttention does (arXiv 2205.14135, algorithms 1 and 4).
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use crate::math::{self, RopeTable};
+use crate::products::{Matrix, Precision, multiply};
+use crate::{pool, simd_fn};
+
+/// Queries whose weights exist at once.
+const QUERY_BLOCK: usize = 64;
+/// Tokens that a task copies.
+const COPY_CHUNK: usize = 64;
+
+/// How rows of queries, keys and values divide into sequences and heads.
+#[derive(Debug, Clone)]
+pub struct Heads {
+    /// Tokens in a sequence; rows are whole sequences, one after the other, each starting at position 0.
+    pub sequence_length: usize,
+    /// Query heads; query head `i` attends to key/value head `i / (heads / kv_heads)`.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Elements in a head.
+    pub head_dim: usize,
+    /// Rotary embedding of `head_dim` elements for at least `sequence_length` positions.
+    pub rope: Arc<RopeTable>,
+}
+
+impl Heads {
+    /// Query heads for each key/value head.
+    pub(crate) fn group_size(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Values of one head of one sequence.
+    fn head_len(&self) -> usize {
+        self.sequence_length * self.head_dim
+    }
+
+    /// Copies one head of one sequence out of rows of `heads` heads: `[sequence_length, head_dim]`.
+    fn gather(&self, rows: &[f32], heads: usize, sequence: usize, head: usize, out: &mut [f32]) {
+        let width = heads * self.head_dim;
+        let rows = &rows[sequence * self.sequence_length * width..][..self.sequence_length * width];
+        for (out, row) in out.chunks_exact_mut(self.head_dim).zip(rows.chunks_exact(width)) {
+            out.copy_from_slice(&row[head * self.head_dim..][..self.head_dim]);
+        }
+    }
+
+    /// The inverse of [`Heads::gather`] for all heads: `[sequences, heads, sequence_length, head_dim]` to rows of heads.
+    fn scatter(&self, by_head: &[f32], heads: usize, rows: &mut [f32]) {
+        let (width, length, dim) = (heads * self.head_dim, self.sequence_length, self.head_dim);
+        pool::for_chunks(rows, COPY_CHUNK * width, |chunk, rows| {
+            for (token, row) in (chunk * COPY_CHUNK..).zip(rows.chunks_exact_mut(width)) {
+                let (sequence, position) = (token / length, token % length);
+                for (head, out) in row.chunks_exact_mut(dim).enumerate() {
+                    let at = ((sequence * heads + head) * length + position) * dim;
+                    out.copy_from_slice(&by_head[at..at + dim]);
+                }
+            }
+        });
+    }
+
+    fn check(&self, q: &[f32], k: &[f32], v: &[f32]) {
+        let tokens = q.len() / (self.heads * self.head_dim);
+        assert!(tokens.is_multiple_of(self.sequence_length), "whole sequences");
+        assert_eq!(q.len(), tokens * self.heads * self.head_dim, "queries");
+        assert_eq!([k.len(), v.len()], [tokens * self.kv_heads * self.head_dim; 2], "keys and values");
+    }
+}
+
+/// What a task needs besides its operands, kept from task to task.
+#[derive(Default)]
+struct Buffers {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    grad: Vec<f32>,
+    weights: Vec<f32>,
+    slopes: Vec<f32>,
+}
+
+thread_local! {
+    static BUFFERS: RefCell<Buffers> = RefCell::default();
+}
+
+/// `out = softmax(rope(q) rope(k)^T / sqrt(head_dim) + causal mask) v` for each sequence and head.
+///
+/// `log_sums` gets `ln Σ_j e^score` of each query, `[sequences, heads, sequence_length]`, for the backward.
+///
+/// # Shapes
+/// `q, out [tokens, heads * head_dim], k and v [tokens, kv_heads * head_dim]`; `scratch` is used as room.
+///
+/// # Panics
+/// If the shapes do not fit `heads`.
+pub fn attention(
+    heads: &Heads,
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    log_sums: &mut Vec<f32>,
+    scratch: &mut Vec<f32>,
+    out: &mut [f32],
+) {
+    heads.check(q, k, v);
+    assert_eq!(out.len(), q.len(), "outputs");
+    let (length, head_len, group_size) = (heads.sequence_length, heads.head_len(), heads.group_size());
+    scratch.resize(q.len(), 0.0);
+    log_sums.resize(q.len() / heads.head_dim, 0.0);
+    let outputs =
+        scratch.chunks_exact_mut(group_size * head_len).zip(log_sums.chunks_exact_mut(group_size * length));
+    pool::map(outputs, |group, (out, log_sums)| {
+        let (sequence, kv_head) = (group / heads.kv_heads, group % heads.kv_heads);
+        BUFFERS.with_borrow_mut(|buffers| {
+            load_keys_and_values(heads, sequence, kv_head, k, v, buffers);
+            let outputs = out.chunks_exact_mut(head_len).zip(log_sums.chunks_exact_mut(length));
+            for (i, (out, log_sums)) in outputs.enumerate() {
+                load(heads, q, heads.heads, sequence, kv_head * group_size + i, true, &mut buffers.q);
+                forward(heads, buffers, log_sums, out);
+            }
+        });
+    });
+    heads.scatter(scratch, heads.heads, out);
+}
+
+/// Gradients of [`attention`]. With `p` the weights: `dp = dout v^T`, `ds = p (dp - Σ p dp) / sqrt(head_dim)`,
+/// `dq = ds k`, `dk = ds^T q`, `dv = p^T dout`.
+///
+/// # Shapes
+/// As [`attention`]; `grad` and `grad_q` are like `q`, `grad_k` and `grad_v` like `k`.
+///
+/// # Panics
+/// If the shapes do not fit `heads`.
+pub fn attention_backward(
+    heads: &Heads,
+    [q, k, v]: [&[f32]; 3],
+    log_sums: &[f32],
+    grad: &[f32],
+    scratch: &mut [Vec<f32>; 3],
+    [grad_q, grad_k, grad_v]: [&mut [f32]; 3],
+) {
+    heads.check(q, k, v);
+    assert!(grad.len() == q.len() && log_sums.len() * heads.head_dim == q.len());
+    assert!(grad_q.len() == q.len() && grad_k.len() == k.len() && grad_v.len() == v.len());
+    let (length, head_len, group_size) = (heads.sequence_length, heads.head_len(), heads.group_size());
+    let [by_head_q, by_head_k, by_head_v] = scratch;
+    by_head_q.resize(q.len(), 0.0);
+    by_head_k.resize(k.len(), 0.0);
+    by_head_v.resize(v.len(), 0.0);
+    let outputs = by_head_q
+        .chunks_exact_mut(group_size * head_len)
+        .zip(by_head_k.chunks_exact_mut(head_len).zip(by_head_v.chunks_exact_mut(head_len)))
+        .zip(log_sums.chunks_exact(group_size * length));
+    pool::map(outputs, |group, ((grad_q, (grad_k, grad_v)), log_sums)| {
+        let (sequence, kv_head) = (group / heads.kv_heads, group % heads.kv_heads);
+        BUFFERS.with_borrow_mut(|buffers| {
+            load_keys_and_values(heads, sequence, kv_head, k, v, buffers);
+            grad_k.fill(0.0);
+            grad_v.fill(0.0);
+            for (i, (grad_q, log_sums)) in
+                grad_q.chunks_exact_mut(head_len).zip(log_sums.chunks_exact(length)).enumerate()
+            {
+                let head = kv_head * group_size + i;
+                load(heads, q, heads.heads, sequence, head, true, &mut buffers.q);
+                load(heads, grad, heads.heads, sequence, head, false, &mut buffers.grad);
+                backward(heads, buffers, log_sums, grad_q, grad_k, grad_v);
+                rotate(heads, grad_q, false);
+            }
+            rotate(heads, grad_k, false);
+        });
+    });
+    heads.scatter(by_head_q, heads.heads, grad_q);
+    heads.scatter(by_head_k, heads.kv_heads, grad_k);
+    heads.scatter(by_head_v, heads.kv_heads, grad_v);
+}
+
+fn load_keys_and_values(
+    heads: &Heads,
+    sequence: usize,
+    kv_head: usize,
+    k: &[f32],
+    v: &[f32],
+    buffers: &mut Buffers,
+) {
+    load(heads, k, heads.kv_heads, sequence, kv_head, true, &mut buffers.k);
+    load(heads, v, heads.kv_heads, sequence, kv_head, false, &mut buffers.v);
+}
+
+/// One head of one sequence, turned to each token's position if `rotated`.
+fn load(
+    heads: &Heads,
+    rows: &[f32],
+    count: usize,
+    sequence: usize,
+    head: usize,
+    rotated: bool,
+    out: &mut Vec<f32>,
+) {
+    out.resize(heads.head_len(), 0.0);
+    heads.gather(rows, count, sequence, head, out);
+    if rotated {
+        rotate(heads, out, true);
+    }
+}
+
+simd_fn! {
+    /// Turns the rows of a head to their positions, or back.
+    fn rotate(heads: &Heads, rows: &mut [f32], forward: bool) {
+        for (position, row) in rows.chunks_exact_mut(heads.head_dim).enumerate() {
+            if forward { heads.rope.rotate(position, row) } else { heads.rope.rotate_back(position, row) }
+        }
+    }
+}
+
+/// `q k^T` of the queries from `first` on with all keys up to the last of them.
+fn scores(precision: Precision, queries: &[f32], keys: &[f32], dim: usize, scores: &mut Vec<f32>) {
+    scores.resize(queries.len() / dim * (keys.len() / dim), 0.0);
+    multiply(precision, Matrix::new(queries, dim), Matrix::new(keys, dim).t(), 0.0, scores);
+}
+
+/// One head: outputs and log-sums of all its queries.
+fn forward(heads: &Heads, buffers: &mut Buffers, log_sums: &mut [f32], out: &mut [f32]) {
+    let dim = heads.head_dim;
+    let Buffers { q, k, v, weights, .. } = buffers;
+    let blocks = q.chunks(QUERY_BLOCK * dim).zip(log_sums.chunks_mut(QUERY_BLOCK));
+    for (block, ((queries, log_sums), out)) in blocks.zip(out.chunks_mut(QUERY_BLOCK * dim)).enumerate() {
+        let first = block * QUERY_BLOCK;
+        let keys = first + log_sums.len();
+        scores(Precision::F32, queries, &k[..keys * dim], dim, weights);
+        softmax_rows(weights, keys, first, 1.0 / (dim as f32).sqrt(), log_sums);
+        let values = Matrix::new(&v[..keys * dim], dim);
+        multiply(Precision::F32, Matrix::new(weights, keys), values, 0.0, out);
+    }
+}
+
+/// One head: writes `grad_q`, adds to `grad_k` and `grad_v`; queries and keys are turned to their positions.
+fn backward(
+    heads: &Heads,
+    buffers: &mut Buffers,
+    log_sums: &[f32],
+    grad_q: &mut [f32],
+    grad_k: &mut [f32],
+    grad_v: &mut [f32],
+) {
+    let dim = heads.head_dim;
+    let Buffers { q, k, v, grad, weights, slopes } = buffers;
+    let inputs = q.chunks(QUERY_BLOCK * dim).zip(grad.chunks(QUERY_BLOCK * dim));
+    let inputs = inputs.zip(log_sums.chunks(QUERY_BLOCK));
+    let blocks = inputs.zip(grad_q.chunks_mut(QUERY_BLOCK * dim));
+    for (block, (((queries, grad), log_sums), grad_q)) in blocks.enumerate() {
+        let first = block * QUERY_BLOCK;
+        let keys = first + log_sums.len();
+        scores(Precision::Bf16, queries, &k[..keys * dim], dim, weights);
+        scores(Precision::Bf16, grad, &v[..keys * dim], dim, slopes);
+        let scale = 1.0 / (dim as f32).sqrt();
+        slope_rows(weights, slopes, keys, first, scale, log_sums);
+        let (weights, slopes) = (Matrix::new(weights, keys), Matrix::new(slopes, keys));
+        multiply(Precision::Bf16, slopes, Matrix::new(&k[..keys * dim], dim), 0.0, grad_q);
+        multiply(Precision::Bf16, slopes.t(), Matrix::new(queries, dim), 1.0, &mut grad_k[..keys * dim]);
+        multiply(Precision::Bf16, weights.t(), Matrix::new(grad, dim), 1.0, &mut grad_v[..keys * dim]);
+    }
+}
+
+simd_fn! {
+    /// Scores of queries `first..` with keys `0..keys` become weights: each row its softmax up to its own key, then zeros.
+    fn softmax_rows(scores: &mut [f32], keys: usize, first: usize, scale: f32, log_sums: &mut [f32]) {
+        for ((i, row), log_sum) in scores.chunks_exact_mut(keys).enumerate().zip(log_sums) {
+            let (seen, hidden) = row.split_at_mut(first + i + 1);
+            seen.iter_mut().for_each(|score| *score *= scale);
+            *log_sum = math::softmax(seen);
+            hidden.fill(0.0);
+        }
+    }
+}
+
+simd_fn! {
+    /// Scores become weights, `dout v^T` becomes the scores' gradient.
+    fn slope_rows(
+        weights: &mut [f32],
+        slopes: &mut [f32],
+        keys: usize,
+        first: usize,
+        scale: f32,
+        log_sums: &[f32],
+    ) {
+        let rows = weights.chunks_exact_mut(keys).zip(slopes.chunks_exact_mut(keys));
+        for ((i, (weights, slopes)), log_sum) in rows.enumerate().zip(log_sums) {
+            let seen = first + i + 1;
+            for weight in &mut weights[..seen] {
+                *weight = math::exp(*weight * scale - log_sum);
+            }
+            // Of these very weights and slopes: where all slopes are nearly alike, their differences count.
+            let mean = math::dot(&weights[..seen], &slopes[..seen]);
+            for (weight, slope) in weights[..seen].iter().zip(&mut slopes[..seen]) {
+                *slope = weight * (*slope - mean) * scale;
+            }
+            weights[seen..].fill(0.0);
+            slopes[seen..].fill(0.0);
+        }
+    }
+}
