@@ -84,7 +84,7 @@ pub struct Spread {
 
 impl Spread {
     /// Of at least one measurement; none give zeros.
-    fn of(mut values: Vec<f64>) -> Self {
+    pub fn of(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         let at = |index: usize| values.get(index).copied().unwrap_or(0.0);
         let (last, half) = (values.len().saturating_sub(1), values.len() / 2);
@@ -221,6 +221,11 @@ pub fn peak_memory() -> Option<u64> {
     kilobytes(&std::fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
 }
 
+/// Memory that programs can still have without swapping, in bytes, where Linux tells.
+pub fn available_memory() -> Option<u64> {
+    kilobytes(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")
+}
+
 /// The value of a line `KEY  123 kB` of one of Linux's reports, in bytes.
 fn kilobytes(report: &str, key: &str) -> Option<u64> {
     let line = report.lines().find_map(|line| line.strip_prefix(key))?;
@@ -310,8 +315,7 @@ fn check_memory(config: &ModelConfig, layout: Layout) -> Result<(), BenchError> 
     let table = config.vocab_size as u64 * config.hidden_size as u64 * 2;
     let tables = if config.tie_word_embeddings { table } else { 2 * table };
     let needed = layer.saturating_mul(config.num_hidden_layers as u64).saturating_add(tables);
-    let Ok(info) = std::fs::read_to_string("/proc/meminfo") else { return Ok(()) };
-    match kilobytes(&info, "MemAvailable:") {
+    match available_memory() {
         Some(available) if needed > available => Err(BenchError::Memory { needed, available }),
         _ => Ok(()),
     }
@@ -327,5 +331,15 @@ mod tests {
         assert_eq!(spread(&[3.0, 1.0, 2.0]), Spread { median: 2.0, min: 1.0, max: 3.0 });
         assert_eq!(spread(&[4.0, 1.0, 2.0, 3.0]), Spread { median: 2.5, min: 1.0, max: 4.0 });
         assert_eq!(spread(&[5.0]), Spread { median: 5.0, min: 5.0, max: 5.0 });
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn linux_tells_the_peak_memory() {
+        let before = peak_memory().unwrap();
+        let block = vec![1u8; 64 << 20];
+        assert!(block.iter().map(|b| u64::from(*b)).sum::<u64>() > 0);
+        assert!(peak_memory().unwrap() >= before.max(64 << 20));
+        assert!(available_memory().unwrap() > 0);
     }
 }

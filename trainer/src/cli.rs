@@ -9,10 +9,11 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::json;
 
-use crate::config::{Config, DataSource, TokenizerConfig};
+use crate::config::{Config, DataSource, Precision, TokenizerConfig};
 use crate::data::{self, DataSettings, Dataset, DocumentSplit, Source, TokenizerChoice};
 use crate::export::{self, ExportError, Which};
 use crate::interrupt::Interrupt;
+use crate::memory::Estimate;
 use crate::run_dir::{RunPaths, write_atomic};
 use crate::runtime::{RuntimeError, runnable};
 use crate::train::{Outcome, Resume, Session, TrainError, prepare_data};
@@ -38,6 +39,8 @@ enum Command {
     Inspect(InspectArgs),
     /// Train a byte-level BPE tokenizer on some text
     Tokenizer(TokenizerArgs),
+    /// Measure the speed of training a config's shape, on random tokens
+    Bench(BenchArgs),
 }
 
 #[derive(Debug, Args)]
@@ -116,6 +119,21 @@ struct TokenizerArgs {
     out: PathBuf,
 }
 
+#[derive(Debug, Args)]
+struct BenchArgs {
+    /// The config, a TOML file
+    config: PathBuf,
+    /// Change a setting, for example --set train.batch_size=4; can be given several times
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Steps that are measured
+    #[arg(long, default_value_t = 8)]
+    repetitions: usize,
+    /// One JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -133,6 +151,7 @@ pub fn main() -> ExitCode {
         Command::Export(args) => export(&args).map(|()| ExitCode::SUCCESS),
         Command::Inspect(args) => inspect(&args).map(|()| ExitCode::SUCCESS),
         Command::Tokenizer(args) => tokenizer(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench(&args).map(|()| ExitCode::SUCCESS),
     };
     // A panic has told its message already; it is a fault of ours.
     let Ok(done) = std::panic::catch_unwind(run) else { return ExitCode::from(2) };
@@ -243,7 +262,15 @@ fn describe(config: &Config, dataset: &Dataset) -> anyhow::Result<()> {
         rayon::current_num_threads(),
         bitlinear::kernels::Kernel::active()?.name()
     );
-    Ok(())
+    let memory = Estimate::new(config, &shape);
+    eprintln!(
+        "memory: about {} MiB at the peak: {} for parameters and optimizer, {} for activations, {} for buffers",
+        memory.total() >> 20,
+        memory.parameters >> 20,
+        memory.activations >> 20,
+        memory.buffers >> 20
+    );
+    Ok(memory.check()?)
 }
 
 /// After the last step: export, proof, and for the embedded corpus the report on it.
@@ -412,4 +439,57 @@ fn tokenizer(args: &TokenizerArgs) -> anyhow::Result<()> {
         dataset.vocab_size,
         bytes as f64 / tokens.max(1) as f64
     ))
+}
+
+fn bench(args: &BenchArgs) -> anyhow::Result<()> {
+    let config = Config::load(&args.config, &args.sets)?;
+    use_threads(config.run.threads)?;
+    let vocab_size = config.model.vocab_size.unwrap_or(config.tokenizer.trained_size());
+    let shape = crate::runtime::model_config(&config, vocab_size, None)?;
+    Estimate::new(&config, &shape).check()?;
+    let report = crate::bench::run(&config, &shape, args.repetitions)?;
+    let kernel = bitlinear::kernels::Kernel::active()?.name();
+    let crate::bench::BenchReport { tokens, tokens_per_second: rate, parts, peak, peak_memory, .. } = &report;
+    let (threads, share) = (bitlinear::pool::threads(), report.product_share());
+    let fast = config.train.precision == Precision::Fast && bitlinear::products::bf16_is_fast();
+    let dense = if fast { "bf16" } else { "f32" };
+    if args.json {
+        let parts: std::collections::BTreeMap<_, _> = parts.iter().copied().collect();
+        return print(
+            &json!({
+                "parameters": shape.parameters(),
+                "tokens_per_step": tokens,
+                "tokens_per_second": { "median": rate.median, "min": rate.min, "max": rate.max },
+                "seconds": parts,
+                "ternary_peak_gops": peak[0],
+                "dense_peak_gops": peak[1],
+                "product_share": share,
+                "peak_memory_bytes": peak_memory,
+                "kernel": kernel,
+                "dense_products": dense,
+                "threads": threads,
+            })
+            .to_string(),
+        );
+    }
+    let mut text = format!(
+        "{:.0} tokens/s ({:.0} to {:.0}), steps of {tokens} tokens\n",
+        rate.median, rate.min, rate.max
+    );
+    let step = *tokens as f64 / rate.median;
+    for (part, seconds) in parts {
+        writeln!(text, "  {part:<10} {:>9.1} ms  {:>5.1} %", seconds * 1e3, seconds / step * 100.0)?;
+    }
+    writeln!(
+        text,
+        "products at this machine's best rate ({:.0} G operations/s ternary, {:.0} dense): {:.0} % of the step",
+        peak[0],
+        peak[1],
+        share * 100.0
+    )?;
+    if let Some(bytes) = peak_memory {
+        writeln!(text, "peak memory {:.0} MiB", *bytes as f64 / (1 << 20) as f64)?;
+    }
+    write!(text, "kernel {kernel}, dense products in {dense}, {threads} threads")?;
+    print(&text)
 }

@@ -1,4 +1,4 @@
-//! The lines of `metrics.jsonl`, and what is measured of the process.
+//! The lines of `metrics.jsonl`.
 use std::collections::BTreeMap;
 
 use serde::Serialize;
@@ -76,15 +76,6 @@ pub fn bits_per_byte(loss: f64, tokens: u64, bytes: Option<u64>) -> Option<f64> 
     Some(loss / std::f64::consts::LN_2 * tokens as f64 / bytes as f64)
 }
 
-/// The largest amount of memory that this process has had in use, in bytes, where Linux tells.
-pub fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status");
-    let status = status.as_deref().unwrap_or_default(); // not there on other systems
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    let kib: u64 = line.split_whitespace().nth(1)?.parse().unwrap_or(0);
-    Some(kib * 1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,14 +85,5 @@ mod tests {
         assert_eq!(bits_per_byte(256f64.ln(), 100, Some(100)), Some(8.0));
         assert_eq!(bits_per_byte(256f64.ln(), 100, Some(200)), Some(4.0));
         assert_eq!(bits_per_byte(1.0, 1, None), None);
-    }
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn linux_tells_the_peak_memory() {
-        let before = peak_memory().unwrap();
-        let block = vec![1u8; 64 << 20];
-        assert!(block.iter().map(|b| u64::from(*b)).sum::<u64>() > 0);
-        assert!(peak_memory().unwrap() >= before.max(64 << 20));
     }
 }

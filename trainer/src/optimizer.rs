@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use bitlinear::{math, simd_fn};
-use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor, backprop::GradStore, bail};
-use rayon::prelude::*;
+use bitlinear::{math, pool, simd_fn};
+use candle_core::{CpuStorage, InplaceOp1, Layout, backprop::GradStore, bail};
 use safetensors::SafeTensors;
 
 use crate::parameters::{Parameter, ParameterError, Parameters, tensor_values};
@@ -125,8 +124,9 @@ impl AdamW {
                 rate: (learning_rate / (1.0 - beta1.powi(steps))) as f32,
                 inv_correction: (1.0 / (1.0 - beta2.powi(steps))) as f32,
             };
-            let update = Update { moments: Mutex::new(moments), coefficients };
-            value.as_tensor().inplace_op2(gradients.get(name)?, &update)?;
+            let update =
+                Update { gradient: gradients.get(name)?, moments: Mutex::new(moments), coefficients };
+            value.as_tensor().inplace_op1(&update)?;
         }
         Ok(())
     }
@@ -134,6 +134,7 @@ impl AdamW {
 
 /// One update of one parameter.
 struct Update<'a> {
+    gradient: &'a [f32],
     moments: Mutex<&'a mut Moments>,
     coefficients: Coefficients,
 }
@@ -153,62 +154,94 @@ struct Coefficients {
     inv_correction: f32,
 }
 
-impl InplaceOp2 for Update<'_> {
+impl InplaceOp1 for Update<'_> {
     fn name(&self) -> &'static str {
         "adamw"
     }
 
-    fn cpu_fwd(
-        &self,
-        values: &mut CpuStorage,
-        layout: &Layout,
-        gradient: &CpuStorage,
-        gradient_layout: &Layout,
-    ) -> candle_core::Result<()> {
+    fn cpu_fwd(&self, values: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
         let (CpuStorage::F32(values), Some((start, end))) = (values, layout.contiguous_offsets()) else {
             bail!("adamw needs contiguous f32 parameters");
         };
-        let Some((grad_start, grad_end)) = gradient_layout.contiguous_offsets() else {
-            bail!("adamw needs contiguous gradients");
-        };
-        let (values, gradient) =
-            (&mut values[start..end], &gradient.as_slice::<f32>()?[grad_start..grad_end]);
         let mut moments = self.moments.lock().unwrap_or_else(PoisonError::into_inner);
         let Moments { first, second } = &mut **moments;
-        (
-            values.par_chunks_mut(CHUNK),
-            gradient.par_chunks(CHUNK),
-            first.par_chunks_mut(CHUNK),
-            second.par_chunks_mut(CHUNK),
-        )
-            .into_par_iter()
-            .for_each(|(values, gradient, first, second)| {
-                adamw(&self.coefficients, values, gradient, first, second);
-            });
+        let values = values[start..end].chunks_mut(CHUNK).zip(self.gradient.chunks(CHUNK));
+        let moments = first.chunks_mut(CHUNK).zip(second.chunks_mut(CHUNK));
+        pool::map(values.zip(moments), |_, ((values, gradient), (first, second))| {
+            adamw(&self.coefficients, values, gradient, first, second);
+        });
         Ok(())
     }
 }
 
-/// The gradient of each parameter, averaged over the micro-batches of a step.
-#[derive(Debug, Default)]
-pub struct Gradients(BTreeMap<String, Tensor>);
+/// The gradient of each parameter, averaged over the micro-batches of a step; buffers are used again by the next.
+#[derive(Debug)]
+pub struct Gradients {
+    values: BTreeMap<String, Vec<f32>>,
+    /// Nothing has been added since [`Gradients::clear`]: what the buffers hold is of no meaning.
+    empty: bool,
+}
 
 impl Gradients {
+    /// Gradients for these parameters, nothing added yet.
+    pub fn new(parameters: &Parameters) -> Self {
+        let zeros = |(name, p): (&str, &Parameter)| (name.to_owned(), vec![0f32; p.value.elem_count()]);
+        Self { values: parameters.iter().map(zeros).collect(), empty: true }
+    }
+
+    /// Forgets what was added.
+    pub fn clear(&mut self) {
+        self.empty = true;
+    }
+
+    /// What the buffers are to be multiplied by before something is added: 0, without reading them, or 1.
+    pub fn keep(&self) -> f32 {
+        if self.empty { 0.0 } else { 1.0 }
+    }
+
+    /// Says that every buffer now holds the gradients of a micro-batch more.
+    pub fn added(&mut self) {
+        self.empty = false;
+    }
+
+    /// Gives the buffers of some parameters to `work`.
+    ///
+    /// # Panics
+    /// If there is no such parameter.
+    pub fn with<const N: usize, R>(
+        &mut self,
+        names: [impl AsRef<str>; N],
+        work: impl FnOnce([&mut [f32]; N]) -> R,
+    ) -> R {
+        let mut taken = names.each_ref().map(|name| std::mem::take(self.buffer(name.as_ref())));
+        let result = work(taken.each_mut().map(Vec::as_mut_slice));
+        for (name, values) in names.iter().zip(taken) {
+            self.values.insert(name.as_ref().to_owned(), values);
+        }
+        result
+    }
+
+    fn buffer(&mut self, name: &str) -> &mut Vec<f32> {
+        self.values.get_mut(name).unwrap_or_else(|| panic!("no parameter '{name}'"))
+    }
+
     /// Adds the gradients of one micro-batch, whose loss was already divided by the number of micro-batches.
     ///
     /// # Errors
     /// A parameter got no gradient: the graph is cut.
     pub fn add(&mut self, parameters: &Parameters, mut store: GradStore) -> candle_core::Result<()> {
+        let empty = self.empty;
         for (name, p) in parameters.iter() {
             let Some(gradient) = store.remove(p.value.as_tensor()) else {
                 bail!("no gradient reaches '{name}'; an operation between it and the loss has no backward");
             };
-            let sum = match self.0.remove(name) {
-                Some(sum) => (sum + gradient)?,
-                None => gradient,
-            };
-            self.0.insert(name.to_owned(), sum);
+            let gradient = gradient.flatten_all()?.to_vec1::<f32>()?;
+            self.with([name], |[sum]| match empty {
+                true => sum.copy_from_slice(&gradient),
+                false => sum.iter_mut().zip(&gradient).for_each(|(sum, g)| *sum += g),
+            });
         }
+        self.added();
         Ok(())
     }
 
@@ -216,32 +249,21 @@ impl Gradients {
     ///
     /// # Errors
     /// There is none.
-    pub fn get(&self, name: &str) -> candle_core::Result<&Tensor> {
-        let Some(gradient) = self.0.get(name) else { bail!("no gradient for '{name}'") };
-        Ok(gradient)
+    pub fn get(&self, name: &str) -> candle_core::Result<&[f32]> {
+        match self.values.get(name) {
+            Some(gradient) if !self.empty => Ok(gradient),
+            _ => bail!("no gradient for '{name}'"),
+        }
     }
 
     /// The Euclidean norm of each parameter's gradient, in the order of names.
-    ///
-    /// # Errors
-    /// candle cannot read a gradient.
-    pub fn norms(&self) -> candle_core::Result<Vec<(&str, f64)>> {
-        self.0
-            .iter()
-            .map(|(name, gradient)| {
-                let (storage, layout) = gradient.storage_and_layout();
-                let candle_core::Storage::Cpu(storage) = &*storage else {
-                    bail!("gradients must be on the CPU")
-                };
-                let Some((start, end)) = layout.contiguous_offsets() else {
-                    bail!("gradients must be contiguous")
-                };
-                // Chunk sums in order: the result does not depend on the number of threads.
-                let chunks: Vec<f64> =
-                    storage.as_slice::<f32>()?[start..end].par_chunks(CHUNK).map(sum_of_squares).collect();
-                Ok((name.as_str(), chunks.iter().sum::<f64>().sqrt()))
-            })
-            .collect()
+    pub fn norms(&self) -> Vec<(&str, f64)> {
+        let norm = |gradient: &Vec<f32>| {
+            // Chunk sums in order: the result does not depend on the number of threads.
+            let chunks = pool::map(gradient.chunks(CHUNK), |_, chunk| sum_of_squares(chunk));
+            chunks.iter().sum::<f64>().sqrt()
+        };
+        self.values.iter().map(|(name, gradient)| (name.as_str(), norm(gradient))).collect()
     }
 }
 

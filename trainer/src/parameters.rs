@@ -3,7 +3,7 @@
 //! Everything is f32: in bf16 a step of the usual size leaves most latent weights where they are.
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Layout, Storage, StorageRef, Tensor, Var, bail};
 use infer::config::ModelConfig;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -172,6 +172,23 @@ impl Parameters {
         self.0[name].value.as_tensor()
     }
 
+    /// All values as slices, which cannot change meanwhile.
+    ///
+    /// # Errors
+    /// A tensor is not contiguous f32 on the CPU.
+    pub fn values(&self) -> candle_core::Result<Values<'_>> {
+        let mut values = BTreeMap::new();
+        for (name, parameter) in &self.0 {
+            let (storage, layout) = parameter.value.storage_and_layout();
+            let fits = matches!(&*storage, Storage::Cpu(cpu) if cpu.as_slice::<f32>().is_ok());
+            if !fits || layout.contiguous_offsets().is_none() {
+                bail!("parameter '{name}' is not contiguous f32 on the CPU");
+            }
+            values.insert(name.as_str(), (storage, layout));
+        }
+        Ok(Values(values))
+    }
+
     /// Number of trainable values.
     pub fn count(&self) -> usize {
         self.0.values().map(|p| p.value.elem_count()).sum()
@@ -187,6 +204,24 @@ impl Parameters {
                 Ok((name, p.role, p.value.dims().to_vec(), p.value.flatten_all()?.to_vec1::<f32>()?))
             })
             .collect()
+    }
+}
+
+/// The values of parameters, borrowed.
+pub struct Values<'a>(BTreeMap<&'a str, (StorageRef<'a>, &'a Layout)>);
+
+impl Values<'_> {
+    /// The values of a tensor, row after row.
+    ///
+    /// # Panics
+    /// If the model that the parameters were made for has no such tensor.
+    pub fn get(&self, name: &str) -> &[f32] {
+        let (storage, layout) = &self.0[name];
+        let values = match (&**storage, layout.contiguous_offsets()) {
+            (Storage::Cpu(cpu), Some((start, end))) => cpu.as_slice::<f32>().map(|all| &all[start..end]),
+            _ => Ok(&[][..]),
+        };
+        values.expect("`Parameters::values` has looked")
     }
 }
 

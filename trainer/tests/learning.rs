@@ -133,7 +133,7 @@ fn adamw_is_that_of_the_paper() {
             let g = Tensor::from_vec(values, p.value.dims(), &Device::Cpu).unwrap();
             loss = (loss + (p.value.as_tensor() * g).unwrap().sum_all().unwrap()).unwrap();
         }
-        let mut gradients = Gradients::default();
+        let mut gradients = Gradients::new(&parameters);
         gradients.add(&parameters, loss.backward().unwrap()).unwrap();
         optimizer.update(&parameters, &gradients, f64::from(factor), rate, decay).unwrap();
     }

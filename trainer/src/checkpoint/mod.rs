@@ -4,7 +4,7 @@
 //! renamed into place. Loading verifies every byte. That reads and hashes each checkpoint once more, a second or two a
 //! gigabyte, and buys that a damaged one is never trained on: the newest valid one is taken instead.
 //!
-//! Nothing here knows tensors: a caller hands over named writers and a serialisable state. Writing and pruning presume
+//! Nothing here knows models: a caller hands over named writers or tensors, and a serialisable state. Writing and pruning presume
 //! that the caller holds the run's lock ([`crate::run_dir::RunDir`]); reading needs none.
 
 mod error;
@@ -15,6 +15,7 @@ pub use manifest::{FileEntry, Manifest};
 
 use crate::run_dir::{FileError, sync_dir};
 use manifest::{FORMAT, MANIFEST, name_of, require_plain_name, step_of};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
     fs::{self, File},
@@ -48,6 +49,34 @@ impl<'a> Part<'a> {
     /// A file `name` whose content is in memory.
     pub fn from_bytes(name: &'a str, content: &'a [u8]) -> Self {
         Self::new(name, content.len() as u64, |file| file.write_all(content))
+    }
+
+    /// A safetensors file `name` of f32 tensors (name, shape, values), streamed: they are not copied, which beside a training
+    /// step may be more than the memory holds.
+    pub fn tensors(name: &'a str, mut tensors: Vec<(String, &'a [usize], &'a [f32])>) -> Self {
+        // The order of `safetensors::serialize`.
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        let bytes: usize = tensors.iter().map(|(.., values)| size_of_val(*values)).sum();
+        Self::new(name, bytes as u64, move |file| {
+            let mut end = 0;
+            let infos = tensors.iter().map(|(name, shape, values)| {
+                let start = end;
+                end += size_of_val(*values);
+                let data_offsets = (start, end);
+                (name.clone(), TensorInfo { dtype: Dtype::F32, shape: shape.to_vec(), data_offsets })
+            });
+            let header = Metadata::new(None, infos.collect()).map_err(io::Error::other)?;
+            let mut header = serde_json::to_vec(&header)?;
+            header.resize(header.len().next_multiple_of(8), b' ');
+            file.write_all(&(header.len() as u64).to_le_bytes())?;
+            file.write_all(&header)?;
+            tensors.iter().try_for_each(|(.., values)| {
+                values.chunks(1 << 16).try_for_each(|chunk| {
+                    let bytes: Vec<u8> = chunk.iter().flat_map(|x| x.to_le_bytes()).collect();
+                    file.write_all(&bytes)
+                })
+            })
+        })
     }
 }
 

@@ -56,6 +56,23 @@ fn temporaries(store: &CheckpointStore) -> usize {
 const FILES: [&str; 5] = ["model.bin", "optimizer.bin", "state.json", "config.toml", "manifest.json"];
 
 #[test]
+fn tensors_are_streamed_as_safetensors_writes_them() {
+    let (a, b): (Vec<f32>, Vec<f32>) = ((0..70_000).map(|i| i as f32).collect(), vec![f32::NAN, -0.0]);
+    let tensors: [(&str, &[usize], &[f32]); 3] =
+        [("b", &[2], &b), ("a", &[7, 10_000], &a), ("empty", &[0, 3], &[])];
+    let mut streamed = Vec::new();
+    let part =
+        Part::tensors("x", tensors.map(|(name, shape, values)| (name.to_owned(), shape, values)).to_vec());
+    assert_eq!(part.bytes, 4 * 70_002);
+    (part.write)(&mut streamed).unwrap();
+    let views = tensors.map(|(name, shape, values)| {
+        let bytes = bytemuck::cast_slice(values);
+        (name, safetensors::tensor::TensorView::new(Dtype::F32, shape.to_vec(), bytes).unwrap())
+    });
+    assert_eq!(streamed, safetensors::serialize(views, None).unwrap());
+}
+
+#[test]
 fn what_is_saved_is_loaded() {
     let (_dir, store) = store_with(&[1000]);
     let path = store.path_of(1000);

@@ -239,6 +239,10 @@ pub struct TrainConfig {
     pub batch_size: usize,
     /// Micro-batches a step; tokens a step = this * `batch_size` * `data.sequence_length`. Default: `1`.
     pub gradient_accumulation: usize,
+    /// Arithmetic of a training step; evaluation and export always compute as inference does. Default: `"fast"`.
+    pub precision: Precision,
+    /// What a step keeps for its backward. Default: `"none"`.
+    pub recompute: Recompute,
     /// Largest L2 norm of the whole gradient: `g *= min(1, gradient_clip / |g|)`; 0 = off. Default: `1.0`.
     pub gradient_clip: f64,
     /// Steps between two progress lines. Default: `10`.
@@ -253,11 +257,34 @@ impl Default for TrainConfig {
             steps: 400,
             batch_size: 16,
             gradient_accumulation: 1,
+            precision: Precision::Fast,
+            recompute: Recompute::None,
             gradient_clip: 1.0,
             log_every: 10,
             max_skipped_steps: 5,
         }
     }
+}
+
+/// Arithmetic of a training step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// Integer products in both directions of a ternary projection, the gradient rounded to int8; other products in bf16
+    /// where the processor has it, else in f32.
+    Fast,
+    /// Everything in f32, by candle's graph: slow, for comparison.
+    F32,
+}
+
+/// What a training step keeps of each layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recompute {
+    /// All that the backward needs.
+    None,
+    /// The layer's input; the rest is computed a second time. Less memory, more time; the same result.
+    Block,
 }
 
 /// `[optimizer]`: AdamW with decoupled decay, `w -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)`.

@@ -29,11 +29,12 @@ pub struct CodeShares {
 impl Codes {
     /// The codes of latent weights as they are now.
     pub(super) fn of(parameters: &Parameters) -> candle_core::Result<Self> {
-        let latent: Vec<_> =
-            parameters.to_vecs()?.into_iter().filter(|(_, role, ..)| role.is_projection()).collect();
-        let codes = latent.into_par_iter().map(|(name, _, _, values)| {
+        let values = parameters.values()?;
+        let latent: Vec<_> = parameters.iter().filter(|(_, p)| p.role.is_projection()).collect();
+        let codes = latent.into_par_iter().map(|(name, _)| {
+            let values = values.get(name);
             let mut codes = vec![0; values.len()];
-            quant::ternarize(&values, quant::absmean(&values), &mut codes);
+            quant::ternarize(values, quant::absmean(values), &mut codes);
             (name.to_owned(), codes)
         });
         Ok(Self(codes.collect()))

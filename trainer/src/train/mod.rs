@@ -1,15 +1,19 @@
-//! The training loop: read [`Session::run`] and the step it calls, everything else is a helper.
+//! The training loop: read [`Session::run`] and the step it calls ([`Learner::step`]), everything else is a helper.
 //!
 //! A session owns what a run changes: parameters, optimizer, position in the data, metrics. All of it goes into a
 //! checkpoint, and everything else is a function of the config and the step, so a run that stops and resumes is bit for
 //! bit the run that did not stop.
 mod codes;
+mod learner;
 mod session;
 mod state;
 
 use std::path::PathBuf;
 
+use bitlinear::training::ProjectionError;
+
 pub use codes::CodeShares;
+pub use learner::{Learner, Step, StepTimes};
 pub(crate) use session::MODEL;
 pub use session::{Session, prepare_data, validation_loss};
 pub use state::{Best, TrainState};
@@ -69,6 +73,9 @@ pub enum TrainError {
     /// The inference runtime.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
+    /// The kernels of a training step.
+    #[error(transparent)]
+    Projection(#[from] ProjectionError),
     /// candle.
     #[error("a tensor operation failed; training; {0}")]
     Candle(#[from] candle_core::Error),

@@ -1,12 +1,12 @@
 //! One run: what it owns, and its loop.
-use std::io::Write;
 use std::path::Path;
 use std::time::Instant;
 
+use infer::bench::peak_memory;
 use infer::sampler::SamplingOptions;
-use safetensors::tensor::{Dtype, TensorView};
 
 use super::codes::Codes;
+use super::learner::{Learner, Step, adamw};
 use super::state::{Best, TrainState};
 use super::{Outcome, Resume, TrainError};
 use crate::checkpoint::{Checkpoint, CheckpointStore, Part};
@@ -14,9 +14,9 @@ use crate::config::{Config, DataSource};
 use crate::corpus::Grammar;
 use crate::data::{self, DataSettings, Dataset, Source, TokenizerChoice};
 use crate::interrupt::Interrupt;
-use crate::metrics::{EvalRecord, Record, TrainRecord, bits_per_byte, peak_memory};
+use crate::metrics::{EvalRecord, Record, TrainRecord, bits_per_byte};
 use crate::model::Model;
-use crate::optimizer::{AdamW, AdamWConfig, Gradients};
+use crate::optimizer::AdamW;
 use crate::parameters::Parameters;
 use crate::progress::Progress;
 use crate::run_dir::{MetricsLog, RunDir, write_atomic};
@@ -35,22 +35,12 @@ pub struct Session {
     dir: RunDir,
     store: CheckpointStore,
     dataset: Dataset,
-    model: Model,
-    parameters: Parameters,
-    optimizer: AdamW,
+    learner: Learner,
     state: TrainState,
     metrics: MetricsLog,
     /// Codes at the last evaluation.
     codes: Codes,
     progress: Progress,
-}
-
-/// What a step came to.
-struct Step {
-    loss: f64,
-    grad_norm: f64,
-    /// Whether loss and gradient were finite and so parameters changed.
-    updated: bool,
 }
 
 /// Reads and tokenizes the data that a config names, with progress on standard error.
@@ -127,11 +117,7 @@ impl Session {
         } else {
             None
         };
-        let adamw = AdamWConfig {
-            beta1: config.optimizer.beta1,
-            beta2: config.optimizer.beta2,
-            eps: config.optimizer.eps,
-        };
+        let adamw = adamw(config);
         let (parameters, optimizer, codes, state) = match &checkpoint {
             Some(checkpoint) => {
                 let state: TrainState = checkpoint.state()?;
@@ -155,22 +141,10 @@ impl Session {
         }
         write_atomic(&paths.config(), config.to_toml()?.as_bytes())?;
         let (metrics, _) = MetricsLog::resume(&paths.metrics(), state.step)?;
-        let model = Model::new(shape, config.data.sequence_length);
+        let learner = Learner::new(config, shape, parameters, optimizer);
         let progress = Progress::new("training", state.step, config.train.steps);
         let config = config.clone();
-        Ok(Self {
-            config,
-            dir,
-            store,
-            dataset,
-            model,
-            parameters,
-            optimizer,
-            state,
-            metrics,
-            codes,
-            progress,
-        })
+        Ok(Self { config, dir, store, dataset, learner, state, metrics, codes, progress })
     }
 
     /// The data, once the run is over.
@@ -208,42 +182,16 @@ impl Session {
         Ok(Outcome::Finished)
     }
 
-    /// One optimizer step; parameters stay as they are if loss or gradient is not finite.
+    /// One optimizer step on the next batches.
     fn step(&mut self) -> Result<Step, TrainError> {
-        let (config, at) = (&self.config, self.state.step);
-        let length = config.data.sequence_length;
-        let micro_batches = config.train.gradient_accumulation;
-        let lambda = schedule::lambda(config, at);
-        let mut gradients = Gradients::default();
-        let mut loss = 0.0;
-        for _ in 0..micro_batches {
-            let windows = self.state.sampler.next_batch(self.dataset.train.count(), config.train.batch_size);
-            let (inputs, targets) = self.dataset.train.batch(&windows);
-            let batch_loss = self.model.loss(&self.parameters, &inputs, &targets, length, lambda)?;
-            loss += f64::from(batch_loss.to_scalar::<f32>()?) / micro_batches as f64;
-            if loss.is_finite() {
-                let share = (batch_loss / micro_batches as f64)?;
-                gradients.add(&self.parameters, share.backward()?)?;
-            }
-        }
-        self.state.step += 1;
-        if !loss.is_finite() {
-            return Ok(Step { loss, grad_norm: f64::NAN, updated: false });
-        }
-        let norms = gradients.norms()?;
-        if at == 0 {
-            require_live(&norms)?;
-        }
-        let grad_norm = norms.iter().map(|(_, norm)| norm * norm).sum::<f64>().sqrt();
-        if !grad_norm.is_finite() {
-            return Ok(Step { loss, grad_norm, updated: false });
-        }
-        let clip = config.train.gradient_clip;
-        let factor = if clip > 0.0 && grad_norm > clip { clip / grad_norm } else { 1.0 };
-        let (rate, decay) = (schedule::learning_rate(config, at), schedule::weight_decay(config, at));
-        self.optimizer.update(&self.parameters, &gradients, factor, rate, decay)?;
-        self.state.updates = self.optimizer.updates();
-        Ok(Step { loss, grad_norm, updated: true })
+        let Self { config, learner, dataset, state, .. } = self;
+        let at = state.step;
+        state.step += 1;
+        let step = learner.step(config, at, || {
+            dataset.train.batch(&state.sampler.next_batch(dataset.train.count(), config.train.batch_size))
+        })?;
+        state.updates = learner.optimizer.updates();
+        Ok(step)
     }
 
     /// Writes the step's metrics and moves the bar.
@@ -312,14 +260,14 @@ impl Session {
     fn evaluate(&mut self) -> Result<bool, TrainError> {
         let windows = self.dataset.validation.evaluation(self.config.eval.windows as u64);
         let loss = validation_loss(
-            &self.model,
-            &self.parameters,
+            &self.learner.model,
+            &self.learner.parameters,
             &self.dataset.validation,
             &windows,
             self.config.eval.batch_size,
         )?;
-        let codes = Codes::of(&self.parameters)?;
-        let quantized = self.model.config().quantized;
+        let codes = Codes::of(&self.learner.parameters)?;
+        let quantized = self.learner.model.config().quantized;
         let validation = &self.dataset.validation;
         let bpb = bits_per_byte(loss, validation.tokens().len() as u64, self.dataset.validation_bytes);
         let step = self.state.step;
@@ -345,13 +293,14 @@ impl Session {
     /// Writes a checkpoint of this step and removes those that are not to be kept.
     fn save(&mut self) -> Result<(), TrainError> {
         self.metrics.sync()?;
-        let values = self.parameters.to_vecs()?;
-        let model = values.iter().map(|(name, _, shape, values)| (name.to_string(), &shape[..], &values[..]));
-        let moments = self.optimizer.state(&self.parameters);
+        let values = self.learner.parameters.values()?;
+        let model = self.learner.parameters.iter();
+        let model = model.map(|(name, p)| (name.to_owned(), p.value.dims(), values.get(name)));
+        let moments = self.learner.optimizer.state(&self.learner.parameters);
         let codes = self.codes.to_safetensors()?;
         let parts = vec![
-            tensors(MODEL, model.collect()),
-            tensors(OPTIMIZER, moments),
+            Part::tensors(MODEL, model.collect()),
+            Part::tensors(OPTIMIZER, moments),
             Part::from_bytes(CODES, &codes),
         ];
         self.store.save(self.state.step, &self.config.to_toml()?, &self.state, parts)?;
@@ -364,7 +313,7 @@ impl Session {
     fn sample(&mut self) -> Result<(), TrainError> {
         let Some(tokenizer) = &self.dataset.tokenizer else { return Ok(()) };
         let sample = &self.config.sample;
-        let model = runtime::runnable(self.model.config(), &self.parameters)?;
+        let model = runtime::runnable(self.learner.model.config(), &self.learner.parameters)?;
         let mut text = String::new();
         for (number, prompt) in sample.prompts.iter().enumerate() {
             let sampling = SamplingOptions {
@@ -409,23 +358,6 @@ pub fn validation_loss(
     Ok(sum / count as f64)
 }
 
-/// f32 tensors as a safetensors file of a checkpoint, streamed.
-fn tensors<'a>(file: &'static str, tensors: Vec<(String, &'a [usize], &'a [f32])>) -> Part<'a> {
-    let bytes: usize = tensors.iter().map(|(.., values)| size_of_val(*values)).sum();
-    Part::new(file, bytes as u64, move |out: &mut dyn Write| {
-        let views = tensors
-            .iter()
-            .map(|(name, shape, values)| {
-                let bytes = bytemuck::cast_slice(values);
-                Ok((name.as_str(), TensorView::new(Dtype::F32, shape.to_vec(), bytes)?))
-            })
-            .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
-        let bytes =
-            views.and_then(|views| safetensors::serialize(views, None)).map_err(std::io::Error::other)?;
-        out.write_all(&bytes)
-    })
-}
-
 /// The newest whole checkpoint; the user hears of those that were passed over.
 fn latest(store: &CheckpointStore) -> Result<Option<Checkpoint>, TrainError> {
     let latest = store.latest_valid()?;
@@ -448,7 +380,7 @@ fn latest(store: &CheckpointStore) -> Result<Option<Checkpoint>, TrainError> {
 }
 
 /// Settings that may differ when a run goes on: they change neither weights nor the order of data.
-const FREE: [&str; 11] = [
+const FREE: [&str; 12] = [
     "run.name",
     "run.out",
     "run.threads",
@@ -458,6 +390,7 @@ const FREE: [&str; 11] = [
     "data.cache_dir",
     "tokenizer.file",
     "train.log_every",
+    "train.recompute",
     "checkpoint.",
     "sample.",
 ];
@@ -493,12 +426,4 @@ fn require_same_config(config: &Config, stored: &Path) -> Result<(), TrainError>
     }
     let path = stored.parent().unwrap_or(stored).into();
     Err(TrainError::ConfigChanged { keys: changed.join(", "), path })
-}
-
-/// Each trainable variable must have a finite gradient that is not zero: candle cuts graphs without an error.
-fn require_live(norms: &[(&str, f64)]) -> Result<(), TrainError> {
-    match norms.iter().find(|(_, norm)| !(norm.is_finite() && *norm > 0.0)) {
-        Some((name, norm)) => Err(TrainError::DeadGradient { name: (*name).to_owned(), norm: *norm }),
-        None => Ok(()),
-    }
 }
