@@ -6,6 +6,7 @@ use bitlinear::math::Activation;
 use bitlinear::quant;
 use infer::config::ModelConfig;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use trainer::decoder::{Decoder, StepWeights};
 use trainer::model::Model;
 use trainer::optimizer::{AdamW, AdamWConfig, Gradients};
 use trainer::parameters::Parameters;
@@ -259,6 +260,31 @@ fn a_bitnet_with_sub_norms_silu_and_a_tied_head_trains_as_in_pytorch() {
 #[test]
 fn a_llama_with_relu2_and_its_own_head_trains_as_in_pytorch() {
     trains_as_in_pytorch("llama.safetensors");
+}
+
+/// The fast step rounds gradients to int8 and dense operands to bf16: directions agree, not digits.
+#[test]
+fn the_fast_step_has_the_loss_and_the_directions_of_pytorch() {
+    for file in ["bitnet.safetensors", "llama.safetensors"] {
+        let golden = Golden::open(file);
+        let (parameters, config) = (golden.initial(), golden.config());
+        let values = parameters.values().unwrap();
+        let weights = StepWeights::new(&config, &values, 1.0).unwrap();
+        let mut decoder = Decoder::new(config, golden.setting("max_position_embeddings"), false);
+        let mut gradients = Gradients::new(&parameters);
+        let (ids, targets) = (golden.ids("ids"), golden.ids("targets"));
+        let loss = decoder.step(&weights, &ids, &targets, 1.0, &mut gradients).unwrap();
+        let expected = golden.values("losses")[0];
+        assert!((loss - expected).abs() < 2e-3, "{file}: loss {loss}, PyTorch {expected}");
+        for (name, _) in parameters.iter() {
+            let found: Vec<f64> = gradients.get(name).unwrap().iter().map(|g| f64::from(*g)).collect();
+            let expected = golden.values(&format!("gradient.{name}"));
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+            let cosine = dot(&found, &expected) / (dot(&found, &found) * dot(&expected, &expected)).sqrt();
+            println!("gradient of {name}: cosine {cosine:.6}");
+            assert!(cosine > 0.999, "{file}: gradient of {name}: cosine {cosine}");
+        }
+    }
 }
 
 #[test]

@@ -553,3 +553,54 @@ fn bad_models_are_refused() {
     let error = refused(path, &["eval", "run", "--data", "absent.txt"]);
     assert!(error.contains("no such file or folder; absent.txt"), "{error}");
 }
+
+#[test]
+fn bench_measures_a_shape_without_data() {
+    let folder = folder();
+    let path = folder.path();
+    fs::remove_file(path.join("text.txt")).unwrap();
+    let (stdout, _) = done(path, &["bench", "tiny.toml", "--repetitions", "2"]);
+    for part in ["tokens/s", "steps of 32 tokens", "forward", "backward", "optimizer", "dense products in "] {
+        assert!(stdout.contains(part), "{part}: {stdout}");
+    }
+    for precision in ["fast", "f32"] {
+        let set = format!("train.precision={precision}");
+        let report = json(path, &["bench", "tiny.toml", "--json", "--repetitions", "1", "--set", &set]);
+        assert!(report["tokens_per_second"]["median"].as_f64().unwrap() > 0.0);
+        assert!(report["seconds"]["backward"].as_f64().unwrap() > 0.0, "{report}");
+        assert_eq!(report["tokens_per_step"], 32);
+    }
+    assert!(refused(path, &["bench", "tiny.toml", "--repetitions", "0"]).contains("at least 1"));
+    assert_eq!(names(path), ["tiny.toml"], "nothing is left behind");
+}
+
+/// A model of 4 M parameters: what it takes is not lost in what the process takes.
+#[test]
+#[cfg(target_os = "linux")]
+fn the_estimate_of_memory_is_close_and_a_run_that_cannot_fit_is_refused() {
+    let folder = folder();
+    let path = folder.path();
+    let shape = ["model.hidden_size=256", "model.intermediate_size=512", "data.sequence_length=128"];
+    for extra in
+        [["train.batch_size=16", "train.recompute=none"], ["train.batch_size=16", "train.recompute=block"]]
+    {
+        let sets: Vec<_> = shape.iter().chain(&extra).flat_map(|set| ["--set", *set]).collect();
+        let report =
+            json(path, &[&["bench", "tiny.toml", "--json", "--repetitions", "1"], &sets[..]].concat());
+        let peak = report["peak_memory_bytes"].as_f64().unwrap();
+        let (_, stderr) = done(path, &[&["train", "tiny.toml", "--dry-run"], &sets[..]].concat());
+        let line = stderr.lines().find(|line| line.starts_with("memory: about ")).unwrap();
+        let estimate = line.split(' ').nth(2).unwrap().parse::<f64>().unwrap() * f64::from(1 << 20);
+        assert!((0.7..1.5).contains(&(estimate / peak)), "estimated {estimate}, measured {peak}");
+    }
+    for command in ["train", "bench"] {
+        // Half a terabyte of parameters alone, with their optimizer.
+        let sets = ["--set", "model.hidden_size=65536", "--set", "model.intermediate_size=65536"];
+        let message = refused(path, &[&[command, "tiny.toml"], &sets[..]].concat());
+        assert!(
+            message.contains("training needs about ") && message.contains("train.recompute"),
+            "{message}"
+        );
+    }
+    assert!(!path.join("runs").exists(), "nothing was started");
+}

@@ -1,10 +1,12 @@
 //! BitLinear: a linear layer that computes with ternary weights and int8 activations and learns f32 latent weights.
 use std::borrow::Cow;
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Module, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, D, Error, Layout, Module, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{TOKEN_CHUNK, rows, tensor_like, values, with_values};
+use crate::kernels::{QuantizedRows, matmul};
+use crate::packed::{PackError, TernaryWeight};
 use crate::products::{Matrix, Precision, product};
 use crate::{quant, simd_fn};
 
@@ -53,8 +55,7 @@ impl Module for BitLinear {
 ///
 /// With codes `q = round(x * 127 / max|x|)` (per token) and `t = clamp(round(W / mean|W|), -1, 1)` (per tensor):
 /// `x~ = x + lambda (q * act_scale - x)`, `W~ = W + lambda (t * weight_scale - W)`. At `lambda = 1` the product is taken
-/// over the integers, exactly, and equals the packed kernels bit for bit (while `127 in_features < 2^24`); at
-/// `lambda = 0` the layer is an ordinary linear one.
+/// over the integers, exactly, by the packed kernels; at `lambda = 0` the layer is an ordinary linear one.
 ///
 /// Backward (straight-through estimator): `dx = dy W~`, `dW = dy^T x~`.
 ///
@@ -65,7 +66,7 @@ impl Module for BitLinear {
 /// `x [.., in_features], latent [out_features, in_features] -> [.., out_features]`
 ///
 /// # Errors
-/// The shapes do not fit, a tensor is not contiguous f32 on the CPU, or `lambda` is not between 0 and 1.
+/// The shapes do not fit, a tensor is not f32 (on the CPU, contiguous f32), or `lambda` is not between 0 and 1.
 pub fn bit_linear(x: &Tensor, latent: &Tensor, lambda: f32) -> Result<Tensor> {
     check_lambda(lambda)?;
     let (out_features, in_features) = latent.dims2()?;
@@ -76,7 +77,27 @@ pub fn bit_linear(x: &Tensor, latent: &Tensor, lambda: f32) -> Result<Tensor> {
             latent.dims()
         );
     }
-    x.apply_op2(latent, Op { lambda })
+    if x.device().is_cpu() { x.apply_op2(latent, Op { lambda }) } else { composed(x, latent, lambda) }
+}
+
+/// [`bit_linear`] out of candle's own operations, for other devices: the same to within the rounding of an f32 sum.
+pub(super) fn composed(x: &Tensor, latent: &Tensor, lambda: f32) -> Result<Tensor> {
+    /// Adding and taking off 1.5 * 2^23 rounds to the nearest whole number, ties to even, which candle's `round` does not.
+    const ROUND: f64 = 12_582_912.0;
+    let rounded = |values: &Tensor| values.affine(1.0, ROUND)?.affine(1.0, -ROUND);
+    // The quantized value with the gradient of the value itself; of a value minus itself nothing but that remains.
+    let straight_through = |value: &Tensor, quantized: &Tensor| -> Result<Tensor> {
+        let mixed = ((quantized * f64::from(lambda))? + (value * f64::from(1.0 - lambda))?)?;
+        mixed.detach() + (value - value.detach())?
+    };
+    let largest = x.detach().abs()?.max_keepdim(D::Minus1)?.maximum(f64::from(quant::EPS))?;
+    let act_scale = (&largest / f64::from(quant::ACT_MAX))?;
+    let codes = rounded(&x.detach().broadcast_div(&act_scale)?)?;
+    let x = straight_through(x, &codes.broadcast_mul(&act_scale)?)?;
+    let weight_scale = latent.detach().abs()?.mean_all()?.maximum(f64::from(quant::EPS))?;
+    let codes = rounded(&latent.detach().broadcast_div(&weight_scale)?)?.clamp(-1.0, 1.0)?;
+    let w = straight_through(latent, &codes.broadcast_mul(&weight_scale)?)?;
+    x.broadcast_matmul(&w.t()?)
 }
 
 fn check_lambda(lambda: f32) -> Result<()> {
@@ -106,7 +127,7 @@ impl CustomOp2 for Op {
         let latent = values(latent, latent_layout, self.name())?;
         let x = values(x, x_layout, self.name())?;
         let y = if self.lambda == 1.0 {
-            integer_product(x, latent, in_features)
+            integer_product(x, latent, in_features)?
         } else {
             let (x, w) = (activations(x, in_features, self.lambda), weights(latent, self.lambda));
             product(Precision::F32, Matrix::new(&x, in_features), Matrix::new(&w, in_features).t())
@@ -136,31 +157,18 @@ impl CustomOp2 for Op {
     }
 }
 
-/// The product at full quantization: an exact sum over integers (held in f32), then the shared epilogue.
-fn integer_product(x: &[f32], latent: &[f32], in_features: usize) -> Vec<f32> {
-    let mut codes = vec![0f32; x.len()];
-    let mut act_scales = vec![0f32; x.len() / in_features];
-    let chunk = TOKEN_CHUNK * in_features;
-    (codes.par_chunks_mut(chunk), x.par_chunks(chunk), act_scales.par_chunks_mut(TOKEN_CHUNK))
-        .into_par_iter()
-        .for_each(|(codes, x, scales)| {
-            let rows = codes.chunks_exact_mut(in_features).zip(x.chunks_exact(in_features));
-            for ((codes, x), scale) in rows.zip(scales) {
-                *scale = quant::quantize_row_f32(x, codes);
-            }
-        });
-    let (ternary, weight_scale) = ternary(latent);
-    let mut y =
-        product(Precision::F32, Matrix::new(&codes, in_features), Matrix::new(&ternary, in_features).t());
-    let out_features = latent.len() / in_features;
-    (y.par_chunks_mut(TOKEN_CHUNK * out_features), act_scales.par_chunks(TOKEN_CHUNK))
-        .into_par_iter()
-        .for_each(|(y, scales)| {
-            for (y, act_scale) in y.chunks_exact_mut(out_features).zip(scales) {
-                scale(y, *act_scale, weight_scale);
-            }
-        });
-    y
+/// The product at full quantization, over the integers. Weights that are not finite give NaN, as any arithmetic would.
+fn integer_product(x: &[f32], latent: &[f32], in_features: usize) -> Result<Vec<f32>> {
+    let (rows, out_features) = (x.len() / in_features, latent.len() / in_features);
+    let mut y = vec![f32::NAN; rows * out_features];
+    match TernaryWeight::from_latent(latent, out_features, in_features) {
+        Ok(weight) => {
+            matmul(&QuantizedRows::quantize(x, in_features), &weight, &mut y).map_err(Error::wrap)?;
+        }
+        Err(PackError::Scale(_)) => {}
+        Err(error) => return Err(Error::wrap(error)),
+    }
+    Ok(y)
 }
 
 /// The ternary codes of latent weights as f32, and their scale.
@@ -222,16 +230,6 @@ simd_fn! {
     fn ternarize(latent: &[f32], inv_scale: f32, codes: &mut [f32]) {
         for (code, w) in codes.iter_mut().zip(latent) {
             *code = quant::ternary(*w, inv_scale);
-        }
-    }
-}
-
-simd_fn! {
-    /// [`quant::epilogue`] of one token's sums.
-    fn scale(sums: &mut [f32], act_scale: f32, weight_scale: f32) {
-        for sum in sums {
-            // A sum of zeros may be -0 in f32; over the integers it is 0, and adding 0 makes it so.
-            *sum = quant::epilogue(*sum + 0.0, act_scale, weight_scale);
         }
     }
 }

@@ -254,7 +254,7 @@ fn backward(
     for (block, (((queries, grad), log_sums), grad_q)) in blocks.enumerate() {
         let first = block * QUERY_BLOCK;
         let keys = first + log_sums.len();
-        scores(Precision::Bf16, queries, &k[..keys * dim], dim, weights);
+        scores(Precision::F32, queries, &k[..keys * dim], dim, weights);
         scores(Precision::Bf16, grad, &v[..keys * dim], dim, slopes);
         let scale = 1.0 / (dim as f32).sqrt();
         slope_rows(weights, slopes, keys, first, scale, log_sums);

@@ -34,3 +34,6 @@ fn add_up(parts: &[Vec<f32>], keep: f32, sum: &mut [f32]) {
         *sum = parts.iter().fold(start, |sum, part| sum + part[at]);
     }
 }
+
+#[cfg(all(test, feature = "candle"))]
+mod tests;

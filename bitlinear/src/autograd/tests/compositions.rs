@@ -224,3 +224,16 @@ fn slices_of_larger_tensors_and_turned_gradients_are_understood() {
     assert!(gradients[0][..24].iter().chain(&gradients[0][56..]).all(|g| *g == 0.0));
     assert_eq!(gradients[1], expected_gradients[1]);
 }
+
+#[test]
+fn bit_linear_on_other_devices_is_the_operation_of_the_cpu() {
+    let mut rng = rng(27);
+    for (tokens, ins, outs) in [(1, 1, 1), (5, 16, 3), (40, 130, 70)] {
+        let inputs = [random(&mut rng, &[2, tokens, ins]), random(&mut rng, &[outs, ins])];
+        for lambda in [0.0, 0.5, 1.0] {
+            let ours: Op<'_> = &|x| bit_linear(&x[0], &x[1], lambda);
+            let composed: Op<'_> = &|x| super::super::bit_linear::composed(&x[0], &x[1], lambda);
+            compare(&format!("bit_linear at {lambda}"), ours, composed, &inputs, &mut rng);
+        }
+    }
+}
