@@ -442,7 +442,9 @@ fn tokenizer(args: &TokenizerArgs) -> anyhow::Result<()> {
 }
 
 fn bench(args: &BenchArgs) -> anyhow::Result<()> {
-    let config = Config::load(&args.config, &args.sets)?;
+    // No data is read, so none has to be named.
+    let none = ["data.source=stories", "data.train=[]", "data.validation=[]"].map(str::to_owned);
+    let config = Config::load(&args.config, &[&args.sets[..], &none].concat())?;
     use_threads(config.run.threads)?;
     let vocab_size = config.model.vocab_size.unwrap_or(config.tokenizer.trained_size());
     let shape = crate::runtime::model_config(&config, vocab_size, None)?;

@@ -2,29 +2,13 @@
 //!
 //! No score matrix is kept: forward and backward work on one query row at a time, and the backward computes the
 //! attention weights again. A task is one key/value head of one sequence; it gathers its heads into contiguous memory.
-use std::sync::Arc;
-
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{tensor_like, values, with_values};
-use crate::math::{self, RopeTable};
+use crate::math;
 use crate::simd_fn;
-
-/// How rows of queries, keys and values divide into sequences and heads.
-#[derive(Debug, Clone)]
-pub struct Heads {
-    /// Tokens in a sequence; rows are whole sequences, one after the other, each starting at position 0.
-    pub sequence_length: usize,
-    /// Query heads; query head `i` attends to key/value head `i / (heads / kv_heads)`.
-    pub heads: usize,
-    /// Key and value heads.
-    pub kv_heads: usize,
-    /// Elements in a head.
-    pub head_dim: usize,
-    /// Rotary embedding of `head_dim` elements for at least `sequence_length` positions.
-    pub rope: Arc<RopeTable>,
-}
+use crate::training::Heads;
 
 /// `softmax(rope(q) rope(k)^T / sqrt(head_dim) + causal mask) v` for each sequence and head.
 ///
@@ -86,30 +70,21 @@ impl Heads {
             .map(move |at| Group { sequence: at / kv_heads, kv_head: at % kv_heads })
     }
 
-    /// Query heads for each key/value head.
-    fn group_size(&self) -> usize {
-        self.heads / self.kv_heads
-    }
-
     /// The query heads of a group.
     fn query_heads(&self, group: Group) -> std::ops::Range<usize> {
         group.kv_head * self.group_size()..(group.kv_head + 1) * self.group_size()
     }
 
-    /// Copies one head of one sequence out of rows of `heads` heads: `[tokens, head_dim]`.
-    fn gather(&self, rows: &[f32], heads: usize, sequence: usize, head: usize) -> Vec<f32> {
-        let width = heads * self.head_dim;
-        let rows = &rows[sequence * self.sequence_length * width..][..self.sequence_length * width];
-        let mut gathered = Vec::with_capacity(self.sequence_length * self.head_dim);
-        for row in rows.chunks_exact(width) {
-            gathered.extend_from_slice(&row[head * self.head_dim..][..self.head_dim]);
-        }
+    /// [`Heads::gather`] into memory of its own.
+    fn gathered(&self, rows: &[f32], heads: usize, sequence: usize, head: usize) -> Vec<f32> {
+        let mut gathered = vec![0f32; self.sequence_length * self.head_dim];
+        self.gather(rows, heads, sequence, head, &mut gathered);
         gathered
     }
 
-    /// [`Heads::gather`], then turned to each token's position.
-    fn gather_rotated(&self, rows: &[f32], heads: usize, sequence: usize, head: usize) -> Vec<f32> {
-        let mut gathered = self.gather(rows, heads, sequence, head);
+    /// [`Heads::gathered`], then turned to each token's position.
+    fn gathered_rotated(&self, rows: &[f32], heads: usize, sequence: usize, head: usize) -> Vec<f32> {
+        let mut gathered = self.gathered(rows, heads, sequence, head);
         for (position, row) in gathered.chunks_exact_mut(self.head_dim).enumerate() {
             self.rope.rotate(position, row);
         }
@@ -117,7 +92,7 @@ impl Heads {
     }
 
     /// The inverse of [`Heads::gather`].
-    fn scatter(&self, gathered: &[f32], heads: usize, sequence: usize, head: usize, rows: &mut [f32]) {
+    fn scatter_head(&self, gathered: &[f32], heads: usize, sequence: usize, head: usize, rows: &mut [f32]) {
         let width = heads * self.head_dim;
         let rows = &mut rows[sequence * self.sequence_length * width..][..self.sequence_length * width];
         for (row, from) in rows.chunks_exact_mut(width).zip(gathered.chunks_exact(self.head_dim)) {
@@ -130,12 +105,12 @@ simd_fn! {
     /// Outputs of a group, `[heads, tokens, head_dim]`.
     fn forward(heads: &Heads, group: Group, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
         let (dim, len) = (heads.head_dim, heads.sequence_length);
-        let keys = heads.gather_rotated(k, heads.kv_heads, group.sequence, group.kv_head);
-        let values = heads.gather(v, heads.kv_heads, group.sequence, group.kv_head);
+        let keys = heads.gathered_rotated(k, heads.kv_heads, group.sequence, group.kv_head);
+        let values = heads.gathered(v, heads.kv_heads, group.sequence, group.kv_head);
         let mut weights = vec![0f32; len];
         let mut out = vec![0f32; heads.group_size() * len * dim];
         for (head, out) in heads.query_heads(group).zip(out.chunks_exact_mut(len * dim)) {
-            let queries = heads.gather_rotated(q, heads.heads, group.sequence, head);
+            let queries = heads.gathered_rotated(q, heads.heads, group.sequence, head);
             for (i, (query, out)) in queries.chunks_exact(dim).zip(out.chunks_exact_mut(dim)).enumerate() {
                 let weights = &mut weights[..=i];
                 math::attention_weights(query, &keys, dim, weights);
@@ -152,8 +127,8 @@ simd_fn! {
     fn backward(heads: &Heads, group: Group, q: &[f32], k: &[f32], v: &[f32], grad: &[f32]) -> GroupGradients {
         let (dim, len) = (heads.head_dim, heads.sequence_length);
         let scale = 1.0 / (dim as f32).sqrt();
-        let keys = heads.gather_rotated(k, heads.kv_heads, group.sequence, group.kv_head);
-        let values = heads.gather(v, heads.kv_heads, group.sequence, group.kv_head);
+        let keys = heads.gathered_rotated(k, heads.kv_heads, group.sequence, group.kv_head);
+        let values = heads.gathered(v, heads.kv_heads, group.sequence, group.kv_head);
         let mut grads = GroupGradients {
             q: vec![0f32; heads.group_size() * len * dim],
             k: vec![0f32; len * dim],
@@ -161,8 +136,8 @@ simd_fn! {
         };
         let (mut weights, mut slopes) = (vec![0f32; len], vec![0f32; len]);
         for (head, grad_q) in heads.query_heads(group).zip(grads.q.chunks_exact_mut(len * dim)) {
-            let queries = heads.gather_rotated(q, heads.heads, group.sequence, head);
-            let grad = heads.gather(grad, heads.heads, group.sequence, head);
+            let queries = heads.gathered_rotated(q, heads.heads, group.sequence, head);
+            let grad = heads.gathered(grad, heads.heads, group.sequence, head);
             let rows = queries.chunks_exact(dim).zip(grad.chunks_exact(dim)).zip(grad_q.chunks_exact_mut(dim));
             for (i, ((query, grad), grad_q)) in rows.enumerate() {
                 let (weights, slopes) = (&mut weights[..=i], &mut slopes[..=i]);
@@ -215,7 +190,7 @@ impl CustomOp3 for Op {
         let per_head = heads.sequence_length * heads.head_dim;
         for (group, output) in outputs {
             for (head, output) in heads.query_heads(group).zip(output.chunks_exact(per_head)) {
-                heads.scatter(output, heads.heads, group.sequence, head, &mut out);
+                heads.scatter_head(output, heads.heads, group.sequence, head, &mut out);
             }
         }
         Ok((CpuStorage::F32(out), q_layout.shape().clone()))
@@ -240,10 +215,10 @@ impl CustomOp3 for Op {
             for (group, gradients) in gradients {
                 let Group { sequence, kv_head } = group;
                 for (head, gradient) in heads.query_heads(group).zip(gradients.q.chunks_exact(per_head)) {
-                    heads.scatter(gradient, heads.heads, sequence, head, &mut grad_q);
+                    heads.scatter_head(gradient, heads.heads, sequence, head, &mut grad_q);
                 }
-                heads.scatter(&gradients.k, heads.kv_heads, sequence, kv_head, &mut grad_k);
-                heads.scatter(&gradients.v, heads.kv_heads, sequence, kv_head, &mut grad_v);
+                heads.scatter_head(&gradients.k, heads.kv_heads, sequence, kv_head, &mut grad_k);
+                heads.scatter_head(&gradients.v, heads.kv_heads, sequence, kv_head, &mut grad_v);
             }
             Ok((grad_q, grad_k, grad_v))
         })?;

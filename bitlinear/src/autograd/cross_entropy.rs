@@ -4,12 +4,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{TOKEN_CHUNK, tensor_like, values, with_values};
-use crate::products::{Matrix, Precision, multiply, product};
-use crate::{math, simd_fn};
-
-/// Tokens whose logits exist at once.
-const LOGITS_CHUNK: usize = 512;
+use super::{tensor_like, values, with_values};
+use crate::products::Precision;
+use crate::{simd_fn, training};
 
 /// Mean cross-entropy, in nats, of `softmax(hidden head^T)` with the target of each token.
 ///
@@ -33,16 +30,8 @@ pub fn head_cross_entropy(hidden: &Tensor, head: &Tensor, targets: Arc<[u32]>) -
 /// As [`head_cross_entropy`].
 pub fn head_loss(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
     check(hidden, head, targets)?;
-    let features = head.dim(1)?;
     with_values([hidden, head], "head_loss", |[hidden, head]| {
-        let head = Matrix::new(head, features);
-        let chunks = hidden.chunks(LOGITS_CHUNK * features).zip(targets.chunks(LOGITS_CHUNK));
-        Ok(chunks
-            .flat_map(|(hidden, targets)| {
-                let mut logits = product(Precision::F32, Matrix::new(hidden, features), head.t());
-                losses(&mut logits, targets)
-            })
-            .collect())
+        Ok(training::head_losses(hidden, head, targets))
     })
 }
 
@@ -80,36 +69,22 @@ impl CustomOp2 for Op {
         head: &CpuStorage,
         head_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (tokens, features) = hidden_layout.shape().dims2()?;
         let hidden = values(hidden, hidden_layout, self.name())?;
         let head = values(head, head_layout, self.name())?;
-        let matrix = Matrix::new(head, features);
         let (mut grad_hidden, mut grad_head) = (vec![0f32; hidden.len()], vec![0f32; head.len()]);
-        let mut total = 0f64;
-        let chunk = LOGITS_CHUNK * features;
-        let chunks =
-            hidden.chunks(chunk).zip(grad_hidden.chunks_mut(chunk)).zip(self.targets.chunks(LOGITS_CHUNK));
-        for ((hidden, grad_hidden), targets) in chunks {
-            let hidden = Matrix::new(hidden, features);
-            let mut logits = product(Precision::F32, hidden, matrix.t());
-            total += losses(&mut logits, targets).into_iter().map(f64::from).sum::<f64>();
-            // `losses` left the probabilities: now the gradient of the logits.
-            let vocab = logits.len() / targets.len();
-            let scale = 1.0 / tokens as f32;
-            (logits.par_chunks_mut(TOKEN_CHUNK * vocab), targets.par_chunks(TOKEN_CHUNK))
-                .into_par_iter()
-                .for_each(|(rows, targets)| {
-                    for (row, target) in rows.chunks_exact_mut(vocab).zip(targets) {
-                        row[*target as usize] -= 1.0;
-                        multiply_by(scale, row);
-                    }
-                });
-            let logits = Matrix::new(&logits, vocab);
-            multiply(Precision::F32, logits, matrix, 0.0, grad_hidden);
-            multiply(Precision::F32, logits.t(), hidden, 1.0, &mut grad_head);
-        }
+        let tokens = self.targets.len() as f64;
+        let total = training::head_cross_entropy(
+            Precision::F32,
+            [hidden, head],
+            &self.targets,
+            (1.0 / tokens) as f32,
+            0.0,
+            &mut Vec::new(),
+            &mut grad_hidden,
+            &mut grad_head,
+        );
         *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = Some((grad_hidden, grad_head));
-        Ok((CpuStorage::F32(vec![(total / tokens as f64) as f32]), Shape::from(())))
+        Ok((CpuStorage::F32(vec![(total / tokens) as f32]), Shape::from(())))
     }
 
     fn bwd(
@@ -130,30 +105,6 @@ impl CustomOp2 for Op {
             }
         }
         Ok((Some(tensor_like(grad_hidden, hidden)?), Some(tensor_like(grad_head, head)?)))
-    }
-}
-
-/// The loss of each row of logits; the rows become probabilities.
-fn losses(logits: &mut [f32], targets: &[u32]) -> Vec<f32> {
-    let vocab = logits.len() / targets.len();
-    let mut losses = vec![0f32; targets.len()];
-    (
-        logits.par_chunks_mut(TOKEN_CHUNK * vocab),
-        targets.par_chunks(TOKEN_CHUNK),
-        losses.par_chunks_mut(TOKEN_CHUNK),
-    )
-        .into_par_iter()
-        .for_each(|(rows, targets, losses)| {
-            for ((row, target), loss) in rows.chunks_exact_mut(vocab).zip(targets).zip(losses) {
-                *loss = cross_entropy(row, *target as usize);
-            }
-        });
-    losses
-}
-
-simd_fn! {
-    fn cross_entropy(logits: &mut [f32], target: usize) -> f32 {
-        math::cross_entropy(logits, target)
     }
 }
 

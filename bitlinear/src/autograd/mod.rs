@@ -15,7 +15,8 @@ mod cross_entropy;
 mod gated;
 mod rms_norm;
 
-pub use attention::{Heads, attention};
+pub use crate::training::Heads;
+pub use attention::attention;
 pub use bit_linear::{BitLinear, bit_linear};
 pub use cross_entropy::{head_cross_entropy, head_loss};
 pub use gated::gated;

@@ -43,7 +43,7 @@ impl Heads {
     }
 
     /// Copies one head of one sequence out of rows of `heads` heads: `[sequence_length, head_dim]`.
-    fn gather(&self, rows: &[f32], heads: usize, sequence: usize, head: usize, out: &mut [f32]) {
+    pub(crate) fn gather(&self, rows: &[f32], heads: usize, sequence: usize, head: usize, out: &mut [f32]) {
         let width = heads * self.head_dim;
         let rows = &rows[sequence * self.sequence_length * width..][..self.sequence_length * width];
         for (out, row) in out.chunks_exact_mut(self.head_dim).zip(rows.chunks_exact(width)) {
