@@ -10,7 +10,7 @@ use bitlinear::kernels::{
     ActivationPanels, GradientPanels, Kernel, QuantizedRows, matmul_with, weight_gradient,
 };
 use bitlinear::packed::{Layout, TernaryWeight};
-use bitlinear::quant::ternarize_all;
+use bitlinear::quant::ternarize;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 fn products(criterion: &mut Criterion) {
@@ -70,8 +70,8 @@ fn transposes(criterion: &mut Criterion) {
     let mut codes = vec![0; weights.len()];
     let mut group = criterion.benchmark_group(format!("weight {outs}x{columns}"));
     group.sample_size(10).throughput(Throughput::Elements((outs * columns) as u64));
-    group.bench_function("ternarize", |bencher| bencher.iter(|| ternarize_all(&weights, 0.6, &mut codes)));
-    ternarize_all(&weights, 0.6, &mut codes);
+    group.bench_function("ternarize", |bencher| bencher.iter(|| ternarize(&weights, 0.6, &mut codes)));
+    ternarize(&weights, 0.6, &mut codes);
     group.bench_function("transpose", |bencher| {
         bencher.iter(|| TernaryWeight::transposed(&[&codes], columns).expect("ternary codes"));
     });

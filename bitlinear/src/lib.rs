@@ -1,7 +1,7 @@
 //! BitNet b1.58 arithmetic: the one place where training and inference agree.
 //!
 //! A BitLinear layer multiplies ternary weights (absmean, one scale a tensor) with int8 activations (absmax, one
-//! scale a token). What is trained is what is run only if both sides round alike, so every formula exists once, on
+//! scale a token). What is trained is what is run only if both sides round alike, so every formula that both sides compute exists once, on
 //! plain slices:
 //!
 //! * [`quant`]: the two quantizers;

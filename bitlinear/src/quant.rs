@@ -6,7 +6,7 @@
 //! Source: "The Era of 1-bit LLMs" (arXiv 2402.17764, equations 1 to 3), in the form of its authors' "Training Tips,
 //! Code and FAQ", which clamps the scale at [`EPS`] where the paper adds it.
 
-use crate::{pool, simd_fn};
+use crate::simd_fn;
 
 /// Floor of the mean |W| of a weight tensor and of the largest |x| of a token: an all-zero input divides by this.
 pub const EPS: f32 = 1e-5;
@@ -64,20 +64,6 @@ simd_fn! {
             *code = i8::from(ratio > 0.5) - i8::from(ratio < -0.5);
         }
     }
-}
-
-/// Weights that a task of [`ternarize_all`] takes.
-const TERNARIZE_CHUNK: usize = 1 << 14;
-
-/// [`ternarize`] with the threads of [`crate::pool`].
-///
-/// # Panics
-/// If the two slices differ in length.
-pub fn ternarize_all(weights: &[f32], weight_scale: f32, codes: &mut [i8]) {
-    assert_eq!(weights.len(), codes.len(), "one code for each weight");
-    pool::for_chunks(codes, TERNARIZE_CHUNK, |chunk, codes| {
-        ternarize(&weights[chunk * TERNARIZE_CHUNK..][..codes.len()], weight_scale, codes);
-    });
 }
 
 /// The ternary code of one weight, as f32: -1, 0 or 1 (NaN stays NaN).
@@ -184,17 +170,6 @@ mod tests {
         let (scale, codes) = codes_of(&[0.5, -0.5, 0.500_001, -1.5, 2.5, -0.499_999]);
         assert!((scale - 1.0).abs() < 1e-6);
         assert_eq!(codes, [0, 0, 1, -1, 1, 0]);
-    }
-
-    #[test]
-    fn ternarizing_in_parallel_changes_nothing() {
-        for len in [0, 1, TERNARIZE_CHUNK, 3 * TERNARIZE_CHUNK + 7] {
-            let weights: Vec<f32> = (0..len).map(|at| (at as f32 * 0.37).sin()).collect();
-            let (scale, expected) = codes_of(&weights);
-            let mut codes = vec![9; len];
-            ternarize_all(&weights, scale, &mut codes);
-            assert!(codes == expected);
-        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use infer::config::ModelConfig;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::config::{Config, Precision};
+use crate::config::{Config, Precision, QuantizationWarmup};
 use crate::data::{DataError, Sampler, Tokens, Windows};
 use crate::train::{Learner, StepTimes, TrainError};
 
@@ -77,6 +77,10 @@ pub fn run(config: &Config, shape: &ModelConfig, repetitions: usize) -> Result<B
     if repetitions == 0 {
         return Err(BenchError::Repetitions);
     }
+    // The step that most of a run is made of: with the share of quantization at its end.
+    let mut config = config.clone();
+    config.quantization.warmup = QuantizationWarmup::None;
+    let config = &config;
     let windows = random_windows(config, shape.vocab_size)?;
     let mut learner = Learner::fresh(config, shape.clone())?;
     let mut sampler = Sampler::new(config.run.seed, 0);
@@ -127,8 +131,9 @@ fn parts(times: &[StepTimes]) -> Vec<(&'static str, f64)> {
     ]
 }
 
-/// Operations of a step in ternary projections, and in all other products: each is computed once forward and twice back,
-/// attention's two products twice forward (the second time for the backward's weights) and four times back.
+/// Operations of a step in ternary projections, and in all other products: each is computed once forward and twice back;
+/// attention takes two products forward and five back (the scores once more, and the gradients of weights, queries, keys and
+/// values). What is recomputed does not count.
 fn operations(config: &Config, shape: &ModelConfig) -> [u64; 2] {
     let tokens = config.tokens_per_step() as u64;
     let projections = 6 * shape.ternary_parameters() * tokens;

@@ -255,12 +255,13 @@ fn describe(config: &Config, dataset: &Dataset) -> anyhow::Result<()> {
         dataset.validation.tokens().len()
     );
     eprintln!(
-        "training: {} steps of {tokens} tokens, {:.2} epochs, seed {}, {} threads, kernel {}",
+        "training: {} steps of {tokens} tokens, {:.2} epochs, seed {}, {} threads, kernel {}, dense products in {}",
         config.train.steps,
         seen as f64 / (windows * config.data.sequence_length as u64) as f64,
         config.run.seed,
         rayon::current_num_threads(),
-        bitlinear::kernels::Kernel::active()?.name()
+        bitlinear::kernels::Kernel::active()?.name(),
+        dense_products(config)
     );
     let memory = Estimate::new(config, &shape);
     eprintln!(
@@ -271,6 +272,12 @@ fn describe(config: &Config, dataset: &Dataset) -> anyhow::Result<()> {
         memory.buffers >> 20
     );
     Ok(memory.check()?)
+}
+
+/// What a step's dense products are computed in here.
+fn dense_products(config: &Config) -> &'static str {
+    let fast = config.train.precision == Precision::Fast && bitlinear::products::bf16_is_fast();
+    if fast { "bf16" } else { "f32" }
 }
 
 /// After the last step: export, proof, and for the embedded corpus the report on it.
@@ -453,8 +460,7 @@ fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let kernel = bitlinear::kernels::Kernel::active()?.name();
     let crate::bench::BenchReport { tokens, tokens_per_second: rate, parts, peak, peak_memory, .. } = &report;
     let (threads, share) = (bitlinear::pool::threads(), report.product_share());
-    let fast = config.train.precision == Precision::Fast && bitlinear::products::bf16_is_fast();
-    let dense = if fast { "bf16" } else { "f32" };
+    let dense = dense_products(&config);
     if args.json {
         let parts: std::collections::BTreeMap<_, _> = parts.iter().copied().collect();
         return print(

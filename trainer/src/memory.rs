@@ -1,4 +1,5 @@
 //! How much memory a run will need at its peak, so that one that cannot fit is refused before it starts.
+use bitlinear::training::LOGITS_CHUNK;
 use infer::bench::available_memory;
 use infer::config::ModelConfig;
 
@@ -6,13 +7,12 @@ use crate::config::{Config, Precision, QuantizationWarmup, Recompute};
 
 /// What the process takes besides: code, tokenizer, tables, threads.
 const BASE: u64 = 48 << 20;
-/// Tokens whose logits exist at once, see [`bitlinear::training::head_cross_entropy`].
-const LOGITS_TOKENS: u64 = 512;
 
 /// Bytes that a run needs, by what for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Estimate {
-    /// Parameters, their gradients and both moments, all f32, and the weights that a step computes with.
+    /// Parameters, their gradients and both moments, all f32, the weights that a step computes with, and the codes that an
+    /// evaluation compares.
     pub parameters: u64,
     /// What is kept from the forward to the backward.
     pub activations: u64,
@@ -66,9 +66,12 @@ impl Estimate {
                 (layers * outputs * 3 / 2, 4 * 8 * ffn)
             }
         };
-        let logits = 4 * count(shape.vocab_size).saturating_mul(LOGITS_TOKENS.min(tokens));
+        let logits = 4 * count(shape.vocab_size).saturating_mul(count(LOGITS_CHUNK).min(tokens));
         Self {
-            parameters: parameters.saturating_mul(16).saturating_add(weights),
+            // candle's store of gradients comes on top of ours.
+            parameters: parameters
+                .saturating_mul(if config.train.precision == Precision::F32 { 20 } else { 16 })
+                .saturating_add(weights + 2 * projections),
             activations: activations.saturating_mul(tokens),
             buffers: shared.saturating_mul(tokens).saturating_add(logits + BASE),
         }

@@ -1,4 +1,5 @@
-//! The decoder as candle operations: what `infer` runs, with gradients.
+//! The model as candle operations: what `infer` runs, with gradients. It evaluates, proves exports, and trains where
+//! `train.precision` is `"f32"`; otherwise [`crate::decoder`] trains.
 //!
 //! Semantics are those of transformers' `BitNetForCausalLM` (with sub-norms) and `LlamaForCausalLM` (without). Every
 //! operation comes from [`bitlinear::autograd`], whose forward is the inference runtime's own arithmetic.

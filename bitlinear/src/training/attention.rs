@@ -68,6 +68,7 @@ impl Heads {
     fn check(&self, q: &[f32], k: &[f32], v: &[f32]) {
         let tokens = q.len() / (self.heads * self.head_dim);
         assert!(tokens.is_multiple_of(self.sequence_length), "whole sequences");
+        assert!(self.heads.is_multiple_of(self.kv_heads), "as many query heads for each key/value head");
         assert_eq!(q.len(), tokens * self.heads * self.head_dim, "queries");
         assert_eq!([k.len(), v.len()], [tokens * self.kv_heads * self.head_dim; 2], "keys and values");
     }
@@ -216,10 +217,10 @@ simd_fn! {
     }
 }
 
-/// `q k^T` of the queries from `first` on with all keys up to the last of them.
-fn scores(precision: Precision, queries: &[f32], keys: &[f32], dim: usize, scores: &mut Vec<f32>) {
-    scores.resize(queries.len() / dim * (keys.len() / dim), 0.0);
-    multiply(precision, Matrix::new(queries, dim), Matrix::new(keys, dim).t(), 0.0, scores);
+/// `a b^T`: each row of `a` with each of `b`.
+fn rows_by_rows(precision: Precision, a: &[f32], b: &[f32], dim: usize, out: &mut Vec<f32>) {
+    out.resize(a.len() / dim * (b.len() / dim), 0.0);
+    multiply(precision, Matrix::new(a, dim), Matrix::new(b, dim).t(), 0.0, out);
 }
 
 /// One head: outputs and log-sums of all its queries.
@@ -230,7 +231,7 @@ fn forward(heads: &Heads, buffers: &mut Buffers, log_sums: &mut [f32], out: &mut
     for (block, ((queries, log_sums), out)) in blocks.zip(out.chunks_mut(QUERY_BLOCK * dim)).enumerate() {
         let first = block * QUERY_BLOCK;
         let keys = first + log_sums.len();
-        scores(Precision::F32, queries, &k[..keys * dim], dim, weights);
+        rows_by_rows(Precision::F32, queries, &k[..keys * dim], dim, weights);
         softmax_rows(weights, keys, first, 1.0 / (dim as f32).sqrt(), log_sums);
         let values = Matrix::new(&v[..keys * dim], dim);
         multiply(Precision::F32, Matrix::new(weights, keys), values, 0.0, out);
@@ -254,8 +255,8 @@ fn backward(
     for (block, (((queries, grad), log_sums), grad_q)) in blocks.enumerate() {
         let first = block * QUERY_BLOCK;
         let keys = first + log_sums.len();
-        scores(Precision::F32, queries, &k[..keys * dim], dim, weights);
-        scores(Precision::Bf16, grad, &v[..keys * dim], dim, slopes);
+        rows_by_rows(Precision::F32, queries, &k[..keys * dim], dim, weights);
+        rows_by_rows(Precision::Bf16, grad, &v[..keys * dim], dim, slopes);
         let scale = 1.0 / (dim as f32).sqrt();
         slope_rows(weights, slopes, keys, first, scale, log_sums);
         let (weights, slopes) = (Matrix::new(weights, keys), Matrix::new(slopes, keys));
@@ -266,7 +267,8 @@ fn backward(
 }
 
 simd_fn! {
-    /// Scores of queries `first..` with keys `0..keys` become weights: each row its softmax up to its own key, then zeros.
+    /// Scores of queries `first..` with keys `0..keys` become weights: each row its softmax up to its own key, then zeros (the
+    /// causal mask).
     fn softmax_rows(scores: &mut [f32], keys: usize, first: usize, scale: f32, log_sums: &mut [f32]) {
         for ((i, row), log_sum) in scores.chunks_exact_mut(keys).enumerate().zip(log_sums) {
             let (seen, hidden) = row.split_at_mut(first + i + 1);

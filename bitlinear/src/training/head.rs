@@ -4,7 +4,7 @@ use crate::products::{Matrix, Precision, multiply};
 use crate::{math, pool, simd_fn};
 
 /// Tokens whose logits exist at once.
-const LOGITS_CHUNK: usize = 512;
+pub const LOGITS_CHUNK: usize = 512;
 
 /// Sum of the cross-entropies, in nats, of `softmax(hidden head^T)` with the target of each token, and its gradients times
 /// `scale`: `dlogits = scale (softmax(logits) - onehot(target))`, `grad_hidden = dlogits head` (written),

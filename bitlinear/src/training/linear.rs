@@ -75,7 +75,7 @@ impl<'a> Projections<'a> {
     /// full-precision layer). Dense products round their operands as `precision` says.
     ///
     /// # Errors
-    /// A weight is not finite, or `BITLINEAR_KERNEL` names a kernel that cannot run here.
+    /// At full quantization, a weight is not finite, or `BITLINEAR_KERNEL` names a kernel that cannot run here.
     ///
     /// # Panics
     /// If a latent weight is not whole rows of `in_features`.
@@ -137,10 +137,10 @@ impl<'a> Projections<'a> {
     /// `outs[p] [rows, out_features[p]]`
     ///
     /// # Errors
-    /// The input was made by other projections, or an output has another shape.
+    /// An output has another shape.
     ///
     /// # Panics
-    /// As above, where products are dense.
+    /// If the input was made by other projections, or an output of a dense product has another shape.
     pub fn forward(&self, input: &Input, outs: &mut [&mut [f32]]) -> Result<(), KernelError> {
         match (&self.form, &input.0) {
             (Form::Ternary { kernel, forward, .. }, Kept::Codes(rows)) => {

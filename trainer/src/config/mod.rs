@@ -270,10 +270,11 @@ impl Default for TrainConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
-    /// Integer products in both directions of a ternary projection, the gradient rounded to int8; other products in bf16
-    /// where the processor has it, else in f32.
+    /// Ternary projections are integer products in both directions, the gradient rounded to int8. Attention's forward is in
+    /// f32; the head, attention's backward and projections that are not ternary (a full-precision model, or a share of
+    /// quantization below 1) are in bf16 on AMD's processors with AVX512_BF16, else in f32.
     Fast,
-    /// Everything in f32, by candle's graph: slow, for comparison.
+    /// Gradients and all dense products in f32, by candle's graph: slow, for comparison.
     F32,
 }
 

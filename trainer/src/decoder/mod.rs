@@ -1,7 +1,7 @@
 //! The fast training step: forward and backward of the whole decoder on plain slices, without a graph.
 //!
-//! The function is that of [`crate::model`], which evaluates and exports; gradients are those of its graph, to within
-//! the rounding that [`bitlinear::training`] describes. Buffers are kept from step to step. What the backward of a layer
+//! The function is that of [`crate::model`], which evaluates and exports, but for the order of sums in attention and a head in
+//! bf16; gradients are those of its graph, to within the rounding that [`bitlinear::training`] describes. Buffers are kept from step to step. What the backward of a layer
 //! needs is either kept from the forward or computed again from the layer's input (`train.recompute`).
 mod layer;
 
@@ -62,7 +62,7 @@ impl<'a> StepWeights<'a> {
     /// below 1 they are mixed in f32.
     ///
     /// # Errors
-    /// A latent weight is not finite, or no kernel can run.
+    /// At full quantization, a latent weight is not finite, or no kernel can run.
     pub fn new(config: &ModelConfig, values: &'a Values<'a>, lambda: f32) -> Result<Self, ProjectionError> {
         let lambda = if config.quantized { lambda } else { 0.0 };
         let layers = pool::map(0..config.num_hidden_layers, |_, layer| {
@@ -115,6 +115,7 @@ impl Decoder {
         share: f64,
         gradients: &mut Gradients,
     ) -> Result<f64, ProjectionError> {
+        assert_eq!(ids.len(), targets.len(), "a target for each token");
         let start = Instant::now();
         self.forward(weights, ids)?;
         let forward = start.elapsed();

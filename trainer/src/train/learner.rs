@@ -1,6 +1,7 @@
 //! What learns: parameters, their optimizer, and the step that brings them on.
 use std::time::{Duration, Instant};
 
+use bitlinear::packed::PackError;
 use bitlinear::training::ProjectionError;
 use infer::config::ModelConfig;
 
@@ -130,7 +131,7 @@ impl Learner {
         let weights = match decoder {
             Some(_) => match StepWeights::new(model.config(), &values, lambda) {
                 // Weights that are not finite make no finite loss.
-                Err(ProjectionError::Pack(_)) => return Ok(f64::NAN),
+                Err(ProjectionError::Pack(PackError::Scale(_))) => return Ok(f64::NAN),
                 weights => Some(weights?),
             },
             None => None,
