@@ -8,7 +8,7 @@
 //! * [`train`]: the loop; [`metrics`], [`progress`], [`interrupt`]: what it tells and how it is stopped;
 //! * [`runtime`]: the trained model in the inference runtime; [`export`]: written out, and proven;
 //! * [`stories`]: what a model of the embedded corpus has learnt;
-//! * [`memory`]: what a run will need; [`bench`]: how fast it is here;
+//! * [`memory`]: what a run will need; [`bench`](mod@bench): how fast it is here;
 //! * [`cli`]: the command line.
 pub mod bench;
 pub mod checkpoint;
