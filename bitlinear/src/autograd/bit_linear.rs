@@ -82,9 +82,9 @@ pub fn bit_linear(x: &Tensor, latent: &Tensor, lambda: f32) -> Result<Tensor> {
 
 /// [`bit_linear`] out of candle's own operations, for other devices: the same to within the rounding of an f32 sum.
 pub(super) fn composed(x: &Tensor, latent: &Tensor, lambda: f32) -> Result<Tensor> {
-    /// Adding and taking off 1.5 * 2^23 rounds to the nearest whole number, ties to even, which candle's `round` does not.
-    const ROUND: f64 = 12_582_912.0;
-    let rounded = |values: &Tensor| values.affine(1.0, ROUND)?.affine(1.0, -ROUND);
+    // To the nearest whole number, ties to even, which candle's `round` does not do.
+    let round = f64::from(quant::ROUND);
+    let rounded = |values: &Tensor| values.affine(1.0, round)?.affine(1.0, -round);
     // The quantized value with the gradient of the value itself; of a value minus itself nothing but that remains.
     let straight_through = |value: &Tensor, quantized: &Tensor| -> Result<Tensor> {
         let mixed = ((quantized * f64::from(lambda))? + (value * f64::from(1.0 - lambda))?)?;
@@ -92,10 +92,12 @@ pub(super) fn composed(x: &Tensor, latent: &Tensor, lambda: f32) -> Result<Tenso
     };
     let largest = x.detach().abs()?.max_keepdim(D::Minus1)?.maximum(f64::from(quant::EPS))?;
     let act_scale = (&largest / f64::from(quant::ACT_MAX))?;
-    let codes = rounded(&x.detach().broadcast_div(&act_scale)?)?;
+    // As the quantizers have it: a ratio that is rounded otherwise is another code where it lies on a tie.
+    let inv_scale = (largest.ones_like()? * f64::from(quant::ACT_MAX))?.div(&largest)?;
+    let codes = rounded(&x.detach().broadcast_mul(&inv_scale)?)?;
     let x = straight_through(x, &codes.broadcast_mul(&act_scale)?)?;
     let weight_scale = latent.detach().abs()?.mean_all()?.maximum(f64::from(quant::EPS))?;
-    let codes = rounded(&latent.detach().broadcast_div(&weight_scale)?)?.clamp(-1.0, 1.0)?;
+    let codes = rounded(&latent.detach().broadcast_mul(&weight_scale.recip()?)?)?.clamp(-1.0, 1.0)?;
     let w = straight_through(latent, &codes.broadcast_mul(&weight_scale)?)?;
     x.broadcast_matmul(&w.t()?)
 }

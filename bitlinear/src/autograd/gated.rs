@@ -2,9 +2,9 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{tensor_like, values, with_values};
+use super::{rows, tensor_like, values, with_values};
 use crate::math::Activation;
-use crate::simd_fn;
+use crate::{simd_fn, training};
 
 /// Elements that a task works on at once.
 const CHUNK: usize = 8192;
@@ -56,14 +56,21 @@ impl CustomOp2 for Op {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (_, columns) = rows(gate.layout());
         let (grad_gate, grad_up) = with_values([gate, up, grad], self.name(), |[gate, up, grad]| {
             let (mut grad_gate, mut grad_up) = (vec![0f32; gate.len()], vec![0f32; gate.len()]);
-            let inputs =
-                (gate.par_chunks(CHUNK), up.par_chunks(CHUNK), grad.par_chunks(CHUNK)).into_par_iter();
-            let outputs = (grad_gate.par_chunks_mut(CHUNK), grad_up.par_chunks_mut(CHUNK)).into_par_iter();
-            inputs.zip(outputs).for_each(|((gate, up, grad), (grad_gate, grad_up))| {
-                backward(self.activation, gate, up, grad, grad_gate, grad_up);
-            });
+            let inputs = [gate, up, grad];
+            let act = self.activation;
+            training::gated_backward(
+                act,
+                None,
+                inputs,
+                columns.max(1),
+                0.0,
+                &mut grad_gate,
+                &mut grad_up,
+                &mut [],
+            );
             Ok((grad_gate, grad_up))
         })?;
         Ok((Some(tensor_like(grad_gate, gate)?), Some(tensor_like(grad_up, up)?)))
@@ -73,18 +80,5 @@ impl CustomOp2 for Op {
 simd_fn! {
     fn forward(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
         activation.gated(gate, up, out);
-    }
-}
-
-simd_fn! {
-    fn backward(
-        activation: Activation,
-        gate: &[f32],
-        up: &[f32],
-        grad: &[f32],
-        grad_gate: &mut [f32],
-        grad_up: &mut [f32],
-    ) {
-        activation.gated_backward(gate, up, grad, grad_gate, grad_up);
     }
 }

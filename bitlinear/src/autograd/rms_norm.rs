@@ -3,7 +3,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{TOKEN_CHUNK, tensor_like, values, with_values};
-use crate::{math, simd_fn};
+use crate::{math, simd_fn, training};
 
 /// `y_i = weight_i * (x_i / sqrt(mean(x^2) + eps))` for each token ([`math::rms_norm`]).
 ///
@@ -61,24 +61,8 @@ impl CustomOp2 for Op {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (grad_x, grad_w) = with_values([x, weight, grad], self.name(), |[x, weight, grad]| {
-            let features = weight.len();
-            let mut grad_x = vec![0f32; x.len()];
-            let chunk = TOKEN_CHUNK * features;
-            let partial: Vec<Vec<f32>> =
-                (grad_x.par_chunks_mut(chunk), x.par_chunks(chunk), grad.par_chunks(chunk))
-                    .into_par_iter()
-                    .map(|(grad_x, x, grad)| {
-                        let mut grad_w = vec![0f32; features];
-                        backward(x, weight, grad, self.eps, grad_x, &mut grad_w);
-                        grad_w
-                    })
-                    .collect();
-            let mut grad_w = vec![0f32; features];
-            for partial in &partial {
-                for (sum, part) in grad_w.iter_mut().zip(partial) {
-                    *sum += part;
-                }
-            }
+            let (mut grad_x, mut grad_w) = (vec![0f32; x.len()], vec![0f32; weight.len()]);
+            training::rms_norm_backward(x, weight, grad, self.eps, 0.0, &mut grad_x, &mut grad_w);
             Ok((grad_x, grad_w))
         })?;
         Ok((Some(tensor_like(grad_x, x)?), Some(tensor_like(grad_w, weight)?)))
@@ -89,18 +73,6 @@ simd_fn! {
     fn forward(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         for (out, x) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
             math::rms_norm(x, weight, eps, out);
-        }
-    }
-}
-
-simd_fn! {
-    /// Gradients of some tokens: adds to `grad_x` and `grad_w`.
-    fn backward(x: &[f32], weight: &[f32], grad: &[f32], eps: f32, grad_x: &mut [f32], grad_w: &mut [f32]) {
-        let features = weight.len();
-        let mut weighted = vec![0f32; features];
-        let rows = x.chunks_exact(features).zip(grad.chunks_exact(features));
-        for ((x, grad), grad_x) in rows.zip(grad_x.chunks_exact_mut(features)) {
-            math::rms_norm_backward(x, weight, grad, eps, &mut weighted, grad_x, grad_w);
         }
     }
 }
