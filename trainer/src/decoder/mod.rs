@@ -142,9 +142,9 @@ impl Decoder {
             residual.resize(ids.len() * width, 0.0);
         }
         let embedding = weights.values.get("model.embed_tokens.weight");
-        pool::map(self.residuals[0].chunks_mut(CHUNK / width * width + width), |chunk, rows| {
-            let first = chunk * (CHUNK / width + 1);
-            for (row, id) in rows.chunks_exact_mut(width).zip(&ids[first..]) {
+        let at_once = rows_at_once(width);
+        pool::map(self.residuals[0].chunks_mut(at_once * width), |chunk, rows| {
+            for (row, id) in rows.chunks_exact_mut(width).zip(&ids[chunk * at_once..]) {
                 row.copy_from_slice(&embedding[*id as usize * width..][..width]);
             }
         });
@@ -176,10 +176,8 @@ impl Decoder {
         let x = &residuals[config.num_hidden_layers];
         let gain = weights.values.get("model.norm.weight");
         hidden.resize(x.len(), 0.0);
-        pool::map(hidden.chunks_mut(CHUNK / width * width + width), |chunk, rows| {
-            let first = chunk * (CHUNK / width + 1) * width;
-            norm_rows(&x[first..][..rows.len()], gain, eps, rows);
-        });
+        let chunk = rows_at_once(width) * width;
+        pool::map(hidden.chunks_mut(chunk).zip(x.chunks(chunk)), |_, (out, x)| norm_rows(x, gain, eps, out));
         let name = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
         let head = weights.values.get(name);
         grad_hidden.resize(x.len(), 0.0);
@@ -236,6 +234,11 @@ impl Decoder {
         gradients.added();
         Ok(())
     }
+}
+
+/// Rows that a task takes, about [`CHUNK`] values.
+fn rows_at_once(width: usize) -> usize {
+    CHUNK / width + 1
 }
 
 /// `grad_embedding[id] = keep * grad_embedding[id] + Σ grad` over the tokens with this id, in their order.
