@@ -158,6 +158,10 @@ impl Session {
     /// The loss is not finite for too long, a file cannot be written; the last checkpoint stays whole.
     pub fn run(&mut self, interrupt: &Interrupt) -> Result<Outcome, TrainError> {
         let steps = self.config.train.steps;
+        // A run that was killed between a checkpoint and the sample of the same step makes that up.
+        if self.state.step > 0 && self.due(self.config.sample.every) && !self.sample_path().exists() {
+            self.sample()?;
+        }
         while self.state.step < steps {
             let start = Instant::now();
             let step = self.step()?;
@@ -309,6 +313,11 @@ impl Session {
         Ok(())
     }
 
+    /// Where the sample of this step is.
+    fn sample_path(&self) -> std::path::PathBuf {
+        self.dir.paths().samples().join(format!("step-{:08}.txt", self.state.step))
+    }
+
     /// Generates text from each prompt into `samples/`.
     fn sample(&mut self) -> Result<(), TrainError> {
         let Some(tokenizer) = &self.dataset.tokenizer else { return Ok(()) };
@@ -328,10 +337,7 @@ impl Session {
                 Err(error) => self.progress.say(&format!("warning: no sample for prompt {number}: {error}")),
             }
         }
-        write_atomic(
-            &self.dir.paths().samples().join(format!("step-{:08}.txt", self.state.step)),
-            text.as_bytes(),
-        )?;
+        write_atomic(&self.sample_path(), text.as_bytes())?;
         self.progress.say(&format!("sample at step {}: {}", self.state.step, text.trim()));
         Ok(())
     }
