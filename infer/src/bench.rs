@@ -272,6 +272,8 @@ fn random_layer(config: &ModelConfig, seed: u64, layout: Layout) -> Result<Layer
     let norm = |width: usize| F32Data::from(vec![1.0; width]);
     Ok(Layer {
         input_layernorm: norm(config.hidden_size),
+        qkv_bias: None,
+        qk_norm: None,
         q_proj: projection(1, q)?,
         k_proj: projection(2, k)?,
         v_proj: projection(3, v)?,

@@ -114,8 +114,14 @@ pub struct ModelConfig {
     pub hidden_act: Activation,
     /// Norms before `o_proj` and `down_proj`: with them the model is `BitNetForCausalLM`, without `LlamaForCausalLM`.
     pub sub_norm: bool,
+    /// Whether `q_proj`, `k_proj` and `v_proj` add a bias (Qwen2).
+    pub qkv_bias: bool,
+    /// Whether each head's queries and keys pass an RMSNorm over `head_dim` before the rotary embedding (Qwen3).
+    pub qk_norm: bool,
     /// Whether the seven projections of a layer are ternary (W1.58A8); else they are dense f32.
     pub quantized: bool,
+    /// Projections of a quantized model that stay dense, by full module name (`model.layers.0.mlp.down_proj`), sorted.
+    pub modules_to_not_convert: Vec<String>,
     /// The token that starts a text, if any.
     pub bos_token_id: Option<u32>,
     /// The tokens that end a text.
@@ -163,7 +169,10 @@ impl ModelConfig {
             tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
             hidden_act: activation(&keys)?.unwrap_or(default_act),
             sub_norm,
+            qkv_bias: false,
+            qk_norm: false,
             quantized: storage != Storage::Dense,
+            modules_to_not_convert: Vec::new(),
             bos_token_id: keys.ids("bos_token_id")?.unwrap_or_default().first().copied().filter(known),
             eos_token_ids: keys.ids("eos_token_id")?.unwrap_or_default().into_iter().filter(known).collect(),
         };
@@ -300,6 +309,11 @@ impl ModelConfig {
             );
         }
         Ok(())
+    }
+
+    /// Whether a projection, by its full module name, is ternary.
+    pub fn is_ternary(&self, module: &str) -> bool {
+        self.quantized && !self.modules_to_not_convert.iter().any(|dense| dense == module)
     }
 
     /// Width of all query heads together: the input of `o_proj`.

@@ -89,6 +89,9 @@ impl Golden {
             hidden_act: Activation::from_name(&self.metadata["hidden_act"]).unwrap(),
             sub_norm: self.setting("sub_norm"),
             quantized: true,
+            qkv_bias: false,
+            qk_norm: false,
+            modules_to_not_convert: Vec::new(),
             bos_token_id: None,
             eos_token_ids: Vec::new(),
         };

@@ -74,6 +74,9 @@ pub fn model_config(
             HiddenAct::Relu2 => Activation::Relu2,
         },
         sub_norm: model.sub_norm,
+        qkv_bias: false,
+        qk_norm: false,
+        modules_to_not_convert: Vec::new(),
         quantized: model.quantization == Quantization::Bitnet,
         bos_token_id: separator,
         eos_token_ids: separator.into_iter().collect(),
@@ -107,6 +110,8 @@ pub fn runnable(config: &ModelConfig, parameters: &Parameters) -> Result<infer::
         };
         layers.push(Layer {
             input_layernorm: norm("input_layernorm")?,
+            qkv_bias: None,
+            qk_norm: None,
             q_proj: linear("self_attn.q_proj")?,
             k_proj: linear("self_attn.k_proj")?,
             v_proj: linear("self_attn.v_proj")?,

@@ -26,6 +26,9 @@ fn config(sub_norm: bool, tied: bool, act: Activation, quantized: bool) -> Model
         hidden_act: act,
         sub_norm,
         quantized,
+        qkv_bias: false,
+        qk_norm: false,
+        modules_to_not_convert: Vec::new(),
         bos_token_id: None,
         eos_token_ids: Vec::new(),
     };

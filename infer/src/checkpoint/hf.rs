@@ -116,6 +116,8 @@ fn read_layer(
     let [q, k, v, o, gate, up, down] = config.projections();
     Ok(Layer {
         input_layernorm: norm("input_layernorm", config.hidden_size)?,
+        qkv_bias: None,
+        qk_norm: None,
         q_proj: projection(q)?,
         k_proj: projection(k)?,
         v_proj: projection(v)?,

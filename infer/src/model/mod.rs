@@ -110,6 +110,10 @@ impl Projection {
 pub struct Layer {
     /// Norm before attention, `[hidden_size]`.
     pub input_layernorm: F32Data,
+    /// Biases of q, k and v, as wide as their outputs; with `qkv_bias` only.
+    pub qkv_bias: Option<[F32Data; 3]>,
+    /// Norms of each head's queries and of its keys, `[head_dim]`; with `qk_norm` only.
+    pub qk_norm: Option<[F32Data; 2]>,
     /// `[num_attention_heads * head_dim, hidden_size]`
     pub q_proj: Projection,
     /// `[num_key_value_heads * head_dim, hidden_size]`

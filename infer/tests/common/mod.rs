@@ -27,6 +27,9 @@ pub fn config() -> ModelConfig {
         hidden_act: Activation::Silu,
         sub_norm: true,
         quantized: true,
+        qkv_bias: false,
+        qk_norm: false,
+        modules_to_not_convert: Vec::new(),
         bos_token_id: Some(0),
         eos_token_ids: vec![1],
     }
@@ -82,6 +85,8 @@ pub fn model(config: &ModelConfig, seed: u64) -> Model {
             let mut next = || projections.next().unwrap();
             Layer {
                 input_layernorm: norm(config.hidden_size),
+                qkv_bias: None,
+                qk_norm: None,
                 q_proj: next(),
                 k_proj: next(),
                 v_proj: next(),
