@@ -22,7 +22,7 @@ mod norm;
 
 pub use attention::{Heads, attention, attention_backward};
 pub use head::{LOGITS_CHUNK, head_cross_entropy, head_losses};
-pub use linear::{Input, ProjectionError, Projections, Scratch};
+pub use linear::{Input, Latent, ProjectionError, Projections, Scratch};
 pub use mlp::{MlpNorm, gated_backward};
 pub use norm::rms_norm_backward;
 

@@ -217,7 +217,7 @@ fn projections_are_bit_linears_with_their_gradients() {
         for lambda in [0.0, 0.4, 1.0] {
             let x_var = var(&x, ins);
             let vars = latents.each_ref().map(|latent| var(latent, ins));
-            let borrowed: Vec<&[f32]> = latents.iter().map(Vec::as_slice).collect();
+            let borrowed = latents.each_ref().map(|weight| Latent { weight, quantized: true });
             let projections = Projections::new(&borrowed, ins, lambda, Precision::Bf16).unwrap();
             let mut input = Input::default();
             projections.input(&mut input, tokens, |row, out| out.copy_from_slice(&x[row * ins..][..ins]));
@@ -253,13 +253,103 @@ fn projections_are_bit_linears_with_their_gradients() {
     }
 }
 
+/// Outputs, gradient of the input and gradients of the weights of projections, which begin as ones and count half.
+fn step(
+    projections: &Projections<'_>,
+    input: &mut Input,
+    x: &[f32],
+    grads: &[&[f32]],
+    sizes: &[usize],
+) -> (Vec<Vec<f32>>, Vec<f32>, Vec<Vec<f32>>) {
+    let tokens = grads[0].len() / sizes[0];
+    let ins = x.len() / tokens;
+    projections.input(input, tokens, |row, out| out.copy_from_slice(&x[row * ins..][..ins]));
+    let mut outs: Vec<_> = sizes.iter().map(|size| vec![f32::NAN; tokens * size]).collect();
+    projections.forward(input, &mut outs.iter_mut().map(Vec::as_mut_slice).collect::<Vec<_>>()).unwrap();
+    let mut grad_x = vec![f32::NAN; x.len()];
+    let mut grad_w: Vec<_> = sizes.iter().map(|size| vec![1f32; size * ins]).collect();
+    let mut borrowed: Vec<_> = grad_w.iter_mut().map(Vec::as_mut_slice).collect();
+    projections.backward(input, grads, 0.5, &mut Scratch::default(), &mut grad_x, &mut borrowed).unwrap();
+    (outs, grad_x, grad_w)
+}
+
+#[test]
+fn a_group_of_both_kinds_is_the_groups_of_each() {
+    let mut r = random(6);
+    let sizes = [70, 20, 33, 9];
+    // An input that is used again holds nothing of its last use.
+    let mut input = Input::default();
+    for (tokens, ins) in [(1, 1), (5, 17), (300, 130), (40, 64)] {
+        let x = r.values(tokens * ins);
+        let weights = sizes.map(|size| r.values(size * ins));
+        let grads = sizes.map(|size| r.values(tokens * size));
+        for quantized in [[true, false, true, false], [false, true, false, false], [true, true, true, false]]
+        {
+            for lambda in [0.4, 1.0, 0.0] {
+                let mut of = |chosen: &[usize], lambda, flag: fn(bool) -> bool| {
+                    let latent = |p: &usize| Latent { weight: &weights[*p], quantized: flag(quantized[*p]) };
+                    let latents: Vec<_> = chosen.iter().map(latent).collect();
+                    let projections = Projections::new(&latents, ins, lambda, Precision::Bf16).unwrap();
+                    let grads: Vec<&[f32]> = chosen.iter().map(|p| &*grads[*p]).collect();
+                    let sizes: Vec<_> = chosen.iter().map(|p| sizes[*p]).collect();
+                    step(&projections, &mut input, &x, &grads, &sizes)
+                };
+                let (outs, grad_x, grad_w) = of(&[0, 1, 2, 3], lambda, |quantized| quantized);
+                let [yes, no] = [true, false]
+                    .map(|kind| (0..4).filter(|p| quantized[*p] == kind).collect::<Vec<usize>>());
+                // A group of one kind by its flag, and of the other by its share.
+                let parts = [of(&yes, lambda, |_| true), of(&no, 0.0, |_| true)];
+                let mut sum_x = vec![0f32; x.len()];
+                for (chosen, part) in [yes, no].iter().zip(&parts) {
+                    for (at, p) in chosen.iter().enumerate() {
+                        assert_eq!(outs[*p], part.0[at], "output {p} at {lambda}, {quantized:?}");
+                        assert_eq!(grad_w[*p], part.2[at], "weight {p} at {lambda}, {quantized:?}");
+                    }
+                    sum_x.iter_mut().zip(&part.1).for_each(|(sum, g)| *sum += g);
+                }
+                // The same sums of at most 132 products, added in another order.
+                assert_close("x", &grad_x, &sum_x, 1e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_share_of_quantization_is_nothing_to_dense_projections() {
+    let mut r = random(7);
+    let (x, weight, grad) = (r.values(9 * 40), r.values(8 * 40), r.values(9 * 8));
+    let of = |quantized, lambda| {
+        let latents = [Latent { weight: &weight, quantized }];
+        let projections = Projections::new(&latents, 40, lambda, Precision::F32).unwrap();
+        step(&projections, &mut Input::default(), &x, &[&grad], &[8])
+    };
+    let dense = of(false, 0.0);
+    assert_eq!(dense, of(false, 0.7));
+    assert_eq!(dense, of(false, 1.0));
+    assert_eq!(dense, of(true, 0.0));
+    assert_ne!(dense, of(true, 0.7));
+    assert_ne!(dense, of(true, 1.0));
+}
+
+#[test]
+#[should_panic(expected = "an input of these projections")]
+fn an_input_of_other_projections_is_refused() {
+    let latent = |quantized| [Latent { weight: &[1.0, -1.0], quantized }];
+    let latents = [true, false].map(latent);
+    let [ternary, dense] = latents.each_ref().map(|l| Projections::new(l, 2, 1.0, Precision::F32).unwrap());
+    let mut input = Input::default();
+    dense.input(&mut input, 1, |_, out| out.fill(1.0));
+    let _ = ternary.forward(&input, &mut [&mut [0.0]]);
+}
+
 #[test]
 fn weights_that_are_not_finite_are_refused_and_gradients_that_are_not_are_seen() {
     let nan = [1.0, f32::NAN];
-    let refused = Projections::new(&[&nan], 2, 1.0, Precision::F32);
+    let quantized = |weight| Latent { weight, quantized: true };
+    let refused = Projections::new(&[quantized(&nan)], 2, 1.0, Precision::F32);
     assert!(matches!(refused, Err(ProjectionError::Pack(_))));
     let (latent, x) = ([1.0, -1.0, 0.5, 1.0], [1.0f32, 2.0]);
-    let projections = Projections::new(&[&latent], 2, 1.0, Precision::F32).unwrap();
+    let projections = Projections::new(&[quantized(&latent)], 2, 1.0, Precision::F32).unwrap();
     let mut input = Input::default();
     projections.input(&mut input, 1, |_, out| out.copy_from_slice(&x));
     for bad in [f32::NAN, f32::INFINITY] {

@@ -2,7 +2,7 @@
 use bitlinear::kernels::KernelError;
 use bitlinear::math::{self, Activation};
 use bitlinear::products::Precision;
-use bitlinear::training::{self, Heads, Input, MlpNorm, ProjectionError, Projections, Scratch};
+use bitlinear::training::{self, Heads, Input, Latent, MlpNorm, ProjectionError, Projections, Scratch};
 use bitlinear::{pool, simd_fn};
 use infer::config::ModelConfig;
 
@@ -71,7 +71,8 @@ impl<'a> LayerWeights<'a> {
         let get = |part: &str| values.get(&name(layer, part));
         let sub_norm = |part: &str| config.sub_norm.then(|| get(part));
         let projections = |parts: &[&str], in_features| {
-            let latents: Vec<_> = parts.iter().map(|part| get(part)).collect();
+            let latents: Vec<_> =
+                parts.iter().map(|part| Latent { weight: get(part), quantized: true }).collect();
             Projections::new(&latents, in_features, lambda, Precision::Bf16)
         };
         let queries = config.num_attention_heads * config.head_dim;
