@@ -49,8 +49,11 @@ impl Model {
         let config = &self.config;
         let lambda = if config.quantized { lambda } else { 0.0 };
         let eps = config.rms_norm_eps;
+        // Attention refuses lengths that do not add up to the ids, and the one of 0 that is left of no length.
+        let count = ids.len().checked_div(sequence_length).unwrap_or(1);
+        let sequences = vec![sequence_length; count];
         let heads = Heads {
-            sequence_length,
+            sequences,
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,

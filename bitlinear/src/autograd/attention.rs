@@ -8,37 +8,40 @@ use rayon::prelude::*;
 use super::{tensor_like, values, with_values};
 use crate::math;
 use crate::simd_fn;
-use crate::training::Heads;
+use crate::training::{Group, Heads, Sequence};
 
 /// `softmax(rope(q) rope(k)^T / sqrt(head_dim) + causal mask) v` for each sequence and head.
 ///
 /// Sources: arXiv 1706.03762 (equation 1); rotary embedding: arXiv 2104.09864; grouped heads: arXiv 2305.13245.
 ///
 /// # Shapes
-/// `q [tokens, heads * head_dim], k and v [tokens, kv_heads * head_dim] -> [tokens, heads * head_dim]`, with tokens a
-/// multiple of `sequence_length`.
+/// `q [tokens, heads * head_dim], k and v [tokens, kv_heads * head_dim] -> [tokens, heads * head_dim]`, with tokens those
+/// of all sequences.
 ///
 /// # Errors
-/// The shapes do not fit `heads`, or a tensor is not contiguous f32 on the CPU.
+/// The shapes do not fit `heads`, its sequences are not the rows or one is empty, or a tensor is not contiguous f32 on the CPU.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads) -> Result<Tensor> {
-    let Heads { sequence_length, heads: query_heads, kv_heads, head_dim, rope } = heads;
+    let Heads { sequences, heads: query_heads, kv_heads, head_dim, rope } = heads;
     let tokens = q.dim(0)?;
-    let fits = *sequence_length > 0
-        && tokens.is_multiple_of(*sequence_length)
+    let fits = heads.cover(tokens)
         && *kv_heads > 0
         && query_heads.is_multiple_of(*kv_heads)
         && q.dims() == [tokens, query_heads * head_dim]
         && k.dims() == [tokens, kv_heads * head_dim]
         && v.dims() == k.dims()
-        && rope.positions() >= *sequence_length
         && rope.head_dim() == *head_dim;
     if !fits {
+        let [shortest, longest] =
+            [sequences.iter().min(), sequences.iter().max()].map(|length| length.copied().unwrap_or(0));
         bail!(
-            "attention of q {:?}, k {:?}, v {:?} in sequences of {sequence_length} with {query_heads} heads over {kv_heads} \
-             of {head_dim} elements, rotary embedding of {} elements at {} positions; the shapes must agree",
+            "attention of q {:?}, k {:?}, v {:?} in {} sequences of {shortest} to {longest}, together {} tokens, with \
+             {query_heads} heads over {kv_heads} of {head_dim} elements, rotary embedding of {} elements at {} positions; the \
+             shapes must agree, and no sequence be empty",
             q.dims(),
             k.dims(),
             v.dims(),
+            sequences.len(),
+            heads.tokens(),
             rope.head_dim(),
             rope.positions()
         );
@@ -48,13 +51,6 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads) -> Result<Te
 
 struct Op(Heads);
 
-/// A key/value head of one sequence with the query heads that attend to it.
-#[derive(Clone, Copy)]
-struct Group {
-    sequence: usize,
-    kv_head: usize,
-}
-
 /// What a task computes for its group: `[heads, tokens, head_dim]` for queries, `[tokens, head_dim]` for keys and values.
 struct GroupGradients {
     q: Vec<f32>,
@@ -63,27 +59,20 @@ struct GroupGradients {
 }
 
 impl Heads {
-    fn groups(&self, tokens: usize) -> impl IndexedParallelIterator<Item = Group> {
-        let kv_heads = self.kv_heads;
-        (0..tokens / self.sequence_length * kv_heads)
-            .into_par_iter()
-            .map(move |at| Group { sequence: at / kv_heads, kv_head: at % kv_heads })
-    }
-
     /// The query heads of a group.
     fn query_heads(&self, group: Group) -> std::ops::Range<usize> {
         group.kv_head * self.group_size()..(group.kv_head + 1) * self.group_size()
     }
 
     /// [`Heads::gather`] into memory of its own.
-    fn gathered(&self, rows: &[f32], heads: usize, sequence: usize, head: usize) -> Vec<f32> {
-        let mut gathered = vec![0f32; self.sequence_length * self.head_dim];
+    fn gathered(&self, rows: &[f32], heads: usize, sequence: Sequence, head: usize) -> Vec<f32> {
+        let mut gathered = vec![0f32; sequence.length * self.head_dim];
         self.gather(rows, heads, sequence, head, &mut gathered);
         gathered
     }
 
     /// [`Heads::gathered`], then turned to each token's position.
-    fn gathered_rotated(&self, rows: &[f32], heads: usize, sequence: usize, head: usize) -> Vec<f32> {
+    fn gathered_rotated(&self, rows: &[f32], heads: usize, sequence: Sequence, head: usize) -> Vec<f32> {
         let mut gathered = self.gathered(rows, heads, sequence, head);
         for (position, row) in gathered.chunks_exact_mut(self.head_dim).enumerate() {
             self.rope.rotate(position, row);
@@ -92,9 +81,16 @@ impl Heads {
     }
 
     /// The inverse of [`Heads::gather`].
-    fn scatter_head(&self, gathered: &[f32], heads: usize, sequence: usize, head: usize, rows: &mut [f32]) {
+    fn scatter_head(
+        &self,
+        gathered: &[f32],
+        heads: usize,
+        sequence: Sequence,
+        head: usize,
+        rows: &mut [f32],
+    ) {
         let width = heads * self.head_dim;
-        let rows = &mut rows[sequence * self.sequence_length * width..][..self.sequence_length * width];
+        let rows = &mut rows[sequence.start * width..][..sequence.length * width];
         for (row, from) in rows.chunks_exact_mut(width).zip(gathered.chunks_exact(self.head_dim)) {
             row[head * self.head_dim..][..self.head_dim].copy_from_slice(from);
         }
@@ -104,7 +100,7 @@ impl Heads {
 simd_fn! {
     /// Outputs of a group, `[heads, tokens, head_dim]`.
     fn forward(heads: &Heads, group: Group, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
-        let (dim, len) = (heads.head_dim, heads.sequence_length);
+        let (dim, len) = (heads.head_dim, group.sequence.length);
         let keys = heads.gathered_rotated(k, heads.kv_heads, group.sequence, group.kv_head);
         let values = heads.gathered(v, heads.kv_heads, group.sequence, group.kv_head);
         let mut weights = vec![0f32; len];
@@ -125,7 +121,7 @@ simd_fn! {
     /// Gradients of a group. With `p` the attention weights: `dp = dout v^T`, `ds = p (dp - Σ p dp) / sqrt(head_dim)`,
     /// `dq = ds k`, `dk = ds^T q`, `dv = p^T dout`.
     fn backward(heads: &Heads, group: Group, q: &[f32], k: &[f32], v: &[f32], grad: &[f32]) -> GroupGradients {
-        let (dim, len) = (heads.head_dim, heads.sequence_length);
+        let (dim, len) = (heads.head_dim, group.sequence.length);
         let scale = 1.0 / (dim as f32).sqrt();
         let keys = heads.gathered_rotated(k, heads.kv_heads, group.sequence, group.kv_head);
         let values = heads.gathered(v, heads.kv_heads, group.sequence, group.kv_head);
@@ -183,12 +179,11 @@ impl CustomOp3 for Op {
         let q = values(q, q_layout, self.name())?;
         let k = values(k, k_layout, self.name())?;
         let v = values(v, v_layout, self.name())?;
-        let (tokens, _) = q_layout.shape().dims2()?;
         let outputs: Vec<(Group, Vec<f32>)> =
-            heads.groups(tokens).map(|group| (group, forward(heads, group, q, k, v))).collect();
+            heads.groups().into_par_iter().map(|group| (group, forward(heads, group, q, k, v))).collect();
         let mut out = vec![0f32; q.len()];
-        let per_head = heads.sequence_length * heads.head_dim;
         for (group, output) in outputs {
+            let per_head = group.sequence.length * heads.head_dim;
             for (head, output) in heads.query_heads(group).zip(output.chunks_exact(per_head)) {
                 heads.scatter_head(output, heads.heads, group.sequence, head, &mut out);
             }
@@ -205,15 +200,17 @@ impl CustomOp3 for Op {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let heads = &self.0;
-        let tokens = q.dim(0)?;
         let (grad_q, grad_k, grad_v) = with_values([q, k, v, grad], self.name(), |[q, k, v, grad]| {
-            let gradients: Vec<(Group, GroupGradients)> =
-                heads.groups(tokens).map(|group| (group, backward(heads, group, q, k, v, grad))).collect();
+            let gradients: Vec<(Group, GroupGradients)> = heads
+                .groups()
+                .into_par_iter()
+                .map(|group| (group, backward(heads, group, q, k, v, grad)))
+                .collect();
             let (mut grad_q, mut grad_k, mut grad_v) =
                 (vec![0f32; q.len()], vec![0f32; k.len()], vec![0f32; v.len()]);
-            let per_head = heads.sequence_length * heads.head_dim;
             for (group, gradients) in gradients {
                 let Group { sequence, kv_head } = group;
+                let per_head = sequence.length * heads.head_dim;
                 for (head, gradient) in heads.query_heads(group).zip(gradients.q.chunks_exact(per_head)) {
                     heads.scatter_head(gradient, heads.heads, sequence, head, &mut grad_q);
                 }

@@ -84,7 +84,7 @@ fn the_relative_error_sees_what_it_should() {
 fn every_variable_of_a_chain_of_all_operations_learns() {
     let (vocab, width, ffn, tokens) = (31, 24, 40, 14);
     let rope = std::sync::Arc::new(crate::math::RopeTable::new(6, 7, 1e4));
-    let heads = Heads { sequence_length: 7, heads: 4, kv_heads: 2, head_dim: 6, rope };
+    let heads = Heads { sequences: vec![7; 2], heads: 4, kv_heads: 2, head_dim: 6, rope };
     for lambda in [0.0, 0.5, 1.0] {
         let mut rng = rng(1);
         let shapes: [(&str, &[usize]); 11] = [

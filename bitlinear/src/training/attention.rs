@@ -19,16 +19,31 @@ const COPY_CHUNK: usize = 64;
 /// How rows of queries, keys and values divide into sequences and heads.
 #[derive(Debug, Clone)]
 pub struct Heads {
-    /// Tokens in a sequence; rows are whole sequences, one after the other, each starting at position 0.
-    pub sequence_length: usize,
+    /// Tokens in each sequence, at least one. Rows are these sequences, one after the other, each starting at position 0; no
+    /// token attends to another sequence.
+    pub sequences: Vec<usize>,
     /// Query heads; query head `i` attends to key/value head `i / (heads / kv_heads)`.
     pub heads: usize,
     /// Key and value heads.
     pub kv_heads: usize,
     /// Elements in a head.
     pub head_dim: usize,
-    /// Rotary embedding of `head_dim` elements for at least `sequence_length` positions.
+    /// Rotary embedding of `head_dim` elements for at least as many positions as the longest sequence has.
     pub rope: Arc<RopeTable>,
+}
+
+/// The rows of a sequence.
+#[derive(Clone, Copy)]
+pub(crate) struct Sequence {
+    pub(crate) start: usize,
+    pub(crate) length: usize,
+}
+
+/// What a task works on: a key/value head of one sequence with the query heads that attend to it.
+#[derive(Clone, Copy)]
+pub(crate) struct Group {
+    pub(crate) sequence: Sequence,
+    pub(crate) kv_head: usize,
 }
 
 impl Heads {
@@ -37,28 +52,57 @@ impl Heads {
         self.heads / self.kv_heads
     }
 
-    /// Values of one head of one sequence.
-    fn head_len(&self) -> usize {
-        self.sequence_length * self.head_dim
+    /// Tokens of all sequences; `usize::MAX` if they are more.
+    pub(crate) fn tokens(&self) -> usize {
+        self.sequences.iter().fold(0, |sum, length| sum.saturating_add(*length))
     }
 
-    /// Copies one head of one sequence out of rows of `heads` heads: `[sequence_length, head_dim]`.
-    pub(crate) fn gather(&self, rows: &[f32], heads: usize, sequence: usize, head: usize, out: &mut [f32]) {
+    /// Whether the sequences make up these many rows, none of them empty or longer than the rotary embedding.
+    pub(crate) fn cover(&self, rows: usize) -> bool {
+        let lengths = 1..=self.rope.positions();
+        self.sequences.iter().all(|length| lengths.contains(length)) && self.tokens() == rows
+    }
+
+    /// Where each sequence lies.
+    fn spans(&self) -> impl Iterator<Item = Sequence> {
+        self.sequences.iter().scan(0, |end, &length| {
+            let start = *end;
+            *end += length;
+            Some(Sequence { start, length })
+        })
+    }
+
+    /// The groups of all sequences.
+    pub(crate) fn groups(&self) -> Vec<Group> {
+        let groups = |sequence| (0..self.kv_heads).map(move |kv_head| Group { sequence, kv_head });
+        self.spans().flat_map(groups).collect()
+    }
+
+    /// Copies one head of one sequence out of rows of `heads` heads: `[length, head_dim]`.
+    pub(crate) fn gather(
+        &self,
+        rows: &[f32],
+        heads: usize,
+        sequence: Sequence,
+        head: usize,
+        out: &mut [f32],
+    ) {
         let width = heads * self.head_dim;
-        let rows = &rows[sequence * self.sequence_length * width..][..self.sequence_length * width];
+        let rows = &rows[sequence.start * width..][..sequence.length * width];
         for (out, row) in out.chunks_exact_mut(self.head_dim).zip(rows.chunks_exact(width)) {
             out.copy_from_slice(&row[head * self.head_dim..][..self.head_dim]);
         }
     }
 
-    /// The inverse of [`Heads::gather`] for all heads: `[sequences, heads, sequence_length, head_dim]` to rows of heads.
+    /// The inverse of [`Heads::gather`] for all heads: `[heads, length, head_dim]` of each sequence to rows of heads.
     fn scatter(&self, by_head: &[f32], heads: usize, rows: &mut [f32]) {
-        let (width, length, dim) = (heads * self.head_dim, self.sequence_length, self.head_dim);
+        let (width, dim) = (heads * self.head_dim, self.head_dim);
+        let spans: Vec<Sequence> = self.spans().collect();
         pool::for_chunks(rows, COPY_CHUNK * width, |chunk, rows| {
             for (token, row) in (chunk * COPY_CHUNK..).zip(rows.chunks_exact_mut(width)) {
-                let (sequence, position) = (token / length, token % length);
+                let Sequence { start, length } = spans[spans.partition_point(|span| span.start <= token) - 1];
                 for (head, out) in row.chunks_exact_mut(dim).enumerate() {
-                    let at = ((sequence * heads + head) * length + position) * dim;
+                    let at = (start * heads + head * length + token - start) * dim;
                     out.copy_from_slice(&by_head[at..at + dim]);
                 }
             }
@@ -67,11 +111,28 @@ impl Heads {
 
     fn check(&self, q: &[f32], k: &[f32], v: &[f32]) {
         let tokens = q.len() / (self.heads * self.head_dim);
-        assert!(tokens.is_multiple_of(self.sequence_length), "whole sequences");
+        assert!(
+            self.cover(tokens),
+            "sequences of {} tokens for {tokens} rows, or one that is empty or too long",
+            self.tokens()
+        );
         assert!(self.heads.is_multiple_of(self.kv_heads), "as many query heads for each key/value head");
         assert_eq!(q.len(), tokens * self.heads * self.head_dim, "queries");
         assert_eq!([k.len(), v.len()], [tokens * self.kv_heads * self.head_dim; 2], "keys and values");
     }
+}
+
+/// The values of each group, `width` for a token, which lie one after the other.
+fn parts<'a>(
+    groups: &'a [Group],
+    width: usize,
+    mut values: &'a mut [f32],
+) -> impl Iterator<Item = &'a mut [f32]> {
+    groups.iter().map(move |group| {
+        let (part, rest) = std::mem::take(&mut values).split_at_mut(group.sequence.length * width);
+        values = rest;
+        part
+    })
 }
 
 /// What a task needs besides its operands, kept from task to task.
@@ -91,13 +152,13 @@ thread_local! {
 
 /// `out = softmax(rope(q) rope(k)^T / sqrt(head_dim) + causal mask) v` for each sequence and head.
 ///
-/// `log_sums` gets `ln Σ_j e^score` of each query, `[sequences, heads, sequence_length]`, for the backward.
+/// `log_sums` gets `ln Σ_j e^score` of each query, `[heads, length]` of each sequence, for the backward.
 ///
 /// # Shapes
 /// `q, out [tokens, heads * head_dim], k and v [tokens, kv_heads * head_dim]`; `scratch` is used as room.
 ///
 /// # Panics
-/// If the shapes do not fit `heads`.
+/// If the shapes do not fit `heads`, or its sequences are not the rows.
 pub fn attention(
     heads: &Heads,
     q: &[f32],
@@ -109,16 +170,16 @@ pub fn attention(
 ) {
     heads.check(q, k, v);
     assert_eq!(out.len(), q.len(), "outputs");
-    let (length, head_len, group_size) = (heads.sequence_length, heads.head_len(), heads.group_size());
+    let (dim, group_size, groups) = (heads.head_dim, heads.group_size(), heads.groups());
     scratch.resize(q.len(), 0.0);
-    log_sums.resize(q.len() / heads.head_dim, 0.0);
-    let outputs =
-        scratch.chunks_exact_mut(group_size * head_len).zip(log_sums.chunks_exact_mut(group_size * length));
-    pool::map(outputs, |group, (out, log_sums)| {
-        let (sequence, kv_head) = (group / heads.kv_heads, group % heads.kv_heads);
+    log_sums.resize(q.len() / dim, 0.0);
+    let outputs = parts(&groups, group_size * dim, scratch).zip(parts(&groups, group_size, log_sums));
+    pool::map(groups.iter().zip(outputs), |_, (group, (out, log_sums))| {
+        let Group { sequence, kv_head } = *group;
         BUFFERS.with_borrow_mut(|buffers| {
-            load_keys_and_values(heads, sequence, kv_head, k, v, buffers);
-            let outputs = out.chunks_exact_mut(head_len).zip(log_sums.chunks_exact_mut(length));
+            load_keys_and_values(heads, *group, k, v, buffers);
+            let outputs = out.chunks_exact_mut(sequence.length * dim);
+            let outputs = outputs.zip(log_sums.chunks_exact_mut(sequence.length));
             for (i, (out, log_sums)) in outputs.enumerate() {
                 load(heads, q, heads.heads, sequence, kv_head * group_size + i, true, &mut buffers.q);
                 forward(heads, buffers, log_sums, out);
@@ -135,7 +196,7 @@ pub fn attention(
 /// As [`attention`]; `grad` and `grad_q` are like `q`, `grad_k` and `grad_v` like `k`.
 ///
 /// # Panics
-/// If the shapes do not fit `heads`.
+/// If the shapes do not fit `heads`, or its sequences are not the rows.
 pub fn attention_backward(
     heads: &Heads,
     [q, k, v]: [&[f32]; 3],
@@ -147,25 +208,23 @@ pub fn attention_backward(
     heads.check(q, k, v);
     assert!(grad.len() == q.len() && log_sums.len() * heads.head_dim == q.len());
     assert!(grad_q.len() == q.len() && grad_k.len() == k.len() && grad_v.len() == v.len());
-    let (length, head_len, group_size) = (heads.sequence_length, heads.head_len(), heads.group_size());
+    let (dim, group_size, groups) = (heads.head_dim, heads.group_size(), heads.groups());
     let [by_head_q, by_head_k, by_head_v] = scratch;
     by_head_q.resize(q.len(), 0.0);
     by_head_k.resize(k.len(), 0.0);
     by_head_v.resize(v.len(), 0.0);
-    let outputs = by_head_q
-        .chunks_exact_mut(group_size * head_len)
-        .zip(by_head_k.chunks_exact_mut(head_len).zip(by_head_v.chunks_exact_mut(head_len)))
-        .zip(log_sums.chunks_exact(group_size * length));
-    pool::map(outputs, |group, ((grad_q, (grad_k, grad_v)), log_sums)| {
-        let (sequence, kv_head) = (group / heads.kv_heads, group % heads.kv_heads);
+    let outputs = parts(&groups, dim, by_head_k).zip(parts(&groups, dim, by_head_v));
+    let outputs = parts(&groups, group_size * dim, by_head_q).zip(outputs);
+    pool::map(groups.iter().zip(outputs), |_, (group, (grad_q, (grad_k, grad_v)))| {
+        let Group { sequence, kv_head } = *group;
         BUFFERS.with_borrow_mut(|buffers| {
-            load_keys_and_values(heads, sequence, kv_head, k, v, buffers);
+            load_keys_and_values(heads, *group, k, v, buffers);
             grad_k.fill(0.0);
             grad_v.fill(0.0);
-            for (i, (grad_q, log_sums)) in
-                grad_q.chunks_exact_mut(head_len).zip(log_sums.chunks_exact(length)).enumerate()
-            {
+            for (i, grad_q) in grad_q.chunks_exact_mut(sequence.length * dim).enumerate() {
                 let head = kv_head * group_size + i;
+                let first = sequence.start * heads.heads + head * sequence.length;
+                let log_sums = &log_sums[first..][..sequence.length];
                 load(heads, q, heads.heads, sequence, head, true, &mut buffers.q);
                 load(heads, grad, heads.heads, sequence, head, false, &mut buffers.grad);
                 backward(heads, buffers, log_sums, grad_q, grad_k, grad_v);
@@ -179,14 +238,8 @@ pub fn attention_backward(
     heads.scatter(by_head_v, heads.kv_heads, grad_v);
 }
 
-fn load_keys_and_values(
-    heads: &Heads,
-    sequence: usize,
-    kv_head: usize,
-    k: &[f32],
-    v: &[f32],
-    buffers: &mut Buffers,
-) {
+fn load_keys_and_values(heads: &Heads, group: Group, k: &[f32], v: &[f32], buffers: &mut Buffers) {
+    let Group { sequence, kv_head } = group;
     load(heads, k, heads.kv_heads, sequence, kv_head, true, &mut buffers.k);
     load(heads, v, heads.kv_heads, sequence, kv_head, false, &mut buffers.v);
 }
@@ -196,12 +249,12 @@ fn load(
     heads: &Heads,
     rows: &[f32],
     count: usize,
-    sequence: usize,
+    sequence: Sequence,
     head: usize,
     rotated: bool,
     out: &mut Vec<f32>,
 ) {
-    out.resize(heads.head_len(), 0.0);
+    out.resize(sequence.length * heads.head_dim, 0.0);
     heads.gather(rows, count, sequence, head, out);
     if rotated {
         rotate(heads, out, true);

@@ -20,6 +20,8 @@ mod linear;
 mod mlp;
 mod norm;
 
+#[cfg(feature = "candle")]
+pub(crate) use attention::{Group, Sequence};
 pub use attention::{Heads, attention, attention_backward};
 pub use head::{LOGITS_CHUNK, head_cross_entropy, head_losses};
 pub use linear::{Input, Latent, ProjectionError, Projections, Scratch};

@@ -9,6 +9,8 @@ use crate::autograd;
 use crate::math::{Activation, RopeTable};
 use crate::products::Precision;
 
+mod sequences;
+
 /// Largest relative error of results that are computed in f32.
 const ROUNDING: f64 = 2e-5;
 /// The same where operands are rounded to bf16, or gradients to int8 by at most one part in 254 of the largest.
@@ -124,13 +126,12 @@ fn attention_is_that_of_the_graph() {
         [(3, 1, 1, 1, 2), (2, 64, 2, 2, 16), (2, 150, 4, 2, 6), (1, 129, 3, 1, 64)]
     {
         let rope = std::sync::Arc::new(RopeTable::new(head_dim, sequence_length, 1e4));
-        let shape = Heads { sequence_length, heads, kv_heads, head_dim, rope: rope.clone() };
-        let of_graph = autograd::Heads { sequence_length, heads, kv_heads, head_dim, rope };
+        let shape = Heads { sequences: vec![sequence_length; sequences], heads, kv_heads, head_dim, rope };
         let tokens = sequences * sequence_length;
         let [q, grad] = [0; 2].map(|_| r.values(tokens * heads * head_dim));
         let [k, v] = [0; 2].map(|_| r.values(tokens * kv_heads * head_dim));
         let vars = [var(&q, heads * head_dim), var(&k, kv_heads * head_dim), var(&v, kv_heads * head_dim)];
-        let y = autograd::attention(&vars[0], &vars[1], &vars[2], &of_graph).unwrap();
+        let y = autograd::attention(&vars[0], &vars[1], &vars[2], &shape).unwrap();
         let expected = gradients(&y, &grad, &vars.each_ref());
 
         let (mut log_sums, mut room, mut out) = (Vec::new(), Vec::new(), vec![f32::NAN; q.len()]);

@@ -24,6 +24,8 @@ const CHUNK: usize = 1 << 14;
 /// The buffers of a training step for batches of one size.
 pub struct Decoder {
     config: ModelConfig,
+    sequence_length: usize,
+    /// With the sequences of the batch at hand.
     heads: Heads,
     recompute: bool,
     /// The input of each layer, and the output of the last.
@@ -76,7 +78,7 @@ impl Decoder {
     /// A decoder for sequences of `sequence_length` tokens; with `recompute` only the inputs of layers are kept.
     pub fn new(config: ModelConfig, sequence_length: usize, recompute: bool) -> Self {
         let heads = Heads {
-            sequence_length,
+            sequences: Vec::new(),
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
@@ -86,6 +88,7 @@ impl Decoder {
         let mut saved = Vec::new();
         saved.resize_with(if recompute { 1 } else { layers }, Saved::default);
         Self {
+            sequence_length,
             heads,
             recompute,
             residuals: vec![Vec::new(); layers + 1],
@@ -116,6 +119,8 @@ impl Decoder {
         gradients: &mut Gradients,
     ) -> Result<f64, ProjectionError> {
         assert_eq!(ids.len(), targets.len(), "a target for each token");
+        self.heads.sequences.clear();
+        self.heads.sequences.resize(ids.len() / self.sequence_length, self.sequence_length);
         let start = Instant::now();
         self.forward(weights, ids)?;
         let forward = start.elapsed();

@@ -127,8 +127,8 @@ fn attention_with_a_cache(q: &[f32], k: &[f32], v: &[f32], heads: &Heads) -> Vec
     let mut out = vec![0.0; q.len()];
     let (mut keys, mut values) = (Vec::new(), Vec::new());
     let rows = q.chunks_exact(heads.heads * dim).zip(k.chunks_exact(kv_width)).zip(v.chunks_exact(kv_width));
-    for (token, (((q, k), v), out)) in rows.zip(out.chunks_exact_mut(heads.heads * dim)).enumerate() {
-        let position = token % heads.sequence_length;
+    let positions = heads.sequences.iter().flat_map(|length| 0..*length);
+    for (position, (((q, k), v), out)) in positions.zip(rows.zip(out.chunks_exact_mut(heads.heads * dim))) {
         if position == 0 {
             keys.clear();
             values.clear();
@@ -151,21 +151,21 @@ fn attention_with_a_cache(q: &[f32], k: &[f32], v: &[f32], heads: &Heads) -> Vec
 #[test]
 fn attention_is_the_slice_functions_over_a_cache() {
     let mut rng = rng(35);
-    for (sequences, sequence_length, heads, kv_heads, head_dim) in
-        [(1, 1, 1, 1, 2), (3, 2, 4, 2, 6), (2, 33, 6, 2, 16), (1, 70, 2, 1, 130)]
-    {
-        let rope = Arc::new(RopeTable::new(head_dim, sequence_length, 1e4));
-        let shape = Heads { sequence_length, heads, kv_heads, head_dim, rope };
-        let tokens = sequences * sequence_length;
+    for (sequences, heads, kv_heads, head_dim) in [
+        (vec![1], 1, 1, 2),
+        (vec![2; 3], 4, 2, 6),
+        (vec![33; 2], 6, 2, 16),
+        (vec![70], 2, 1, 130),
+        (vec![5, 1, 17, 64, 65, 3], 6, 2, 16),
+    ] {
+        let rope = Arc::new(RopeTable::new(head_dim, *sequences.iter().max().unwrap(), 1e4));
+        let tokens = sequences.iter().sum();
+        let shape = Heads { sequences, heads, kv_heads, head_dim, rope };
         let [q, k, v] =
             [heads, kv_heads, kv_heads].map(|heads| random(&mut rng, &[tokens, heads * head_dim]));
         let expected = attention_with_a_cache(&flat(&q), &flat(&k), &flat(&v), &shape);
         let found = flat(&attention(&q, &k, &v, &shape).unwrap());
-        assert_eq!(
-            bits(&found),
-            bits(&expected),
-            "{sequences} x {sequence_length}, {heads}/{kv_heads} of {head_dim}"
-        );
+        assert_eq!(bits(&found), bits(&expected), "{:?}, {heads}/{kv_heads} of {head_dim}", shape.sequences);
     }
 }
 
@@ -179,14 +179,15 @@ fn all_bits(op: Op<'_>, inputs: &[Tensor], upstream: &Tensor) -> Vec<u32> {
 fn results_do_not_depend_on_the_number_of_threads() {
     let mut rng = rng(36);
     // Several chunks of every kind of work, and products far beyond what one thread keeps to itself.
-    let (tokens, ins, outs, vocab, length) = (616, 258, 130, 301, 77);
+    let (tokens, ins, outs, vocab) = (616, 258, 130, 301);
     let x = random(&mut rng, &[tokens, ins]);
     let (w, gain, head) =
         (random(&mut rng, &[outs, ins]), random(&mut rng, &[ins]), random(&mut rng, &[vocab, ins]));
     let up = random(&mut rng, &[tokens, ins]);
     let (q, kv) = (random(&mut rng, &[tokens, 48]), random(&mut rng, &[tokens, 24]));
-    let rope = Arc::new(RopeTable::new(12, length, 1e4));
-    let heads = Heads { sequence_length: length, heads: 4, kv_heads: 2, head_dim: 12, rope };
+    let rope = Arc::new(RopeTable::new(12, 300, 1e4));
+    let heads =
+        Heads { sequences: vec![77, 77, 1, 300, 5, 130, 26], heads: 4, kv_heads: 2, head_dim: 12, rope };
     let targets: Arc<[u32]> = random_targets(&mut rng, tokens, vocab as u32).into();
     let (wide, narrow) = (random(&mut rng, &[tokens, ins]), random(&mut rng, &[tokens, outs]));
     let (of_q, scalar) = (random(&mut rng, &[tokens, 48]), Tensor::new(0.7f32, &Device::Cpu).unwrap());

@@ -62,9 +62,10 @@ fn composed_rope(x: &Tensor, theta: f64) -> Result<Tensor> {
     Tensor::cat(&[first, second], D::Minus1)
 }
 
+/// For sequences of one length.
 fn composed_attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads, theta: f64) -> Result<Tensor> {
-    let Heads { sequence_length: length, heads: query_heads, kv_heads, head_dim, .. } = heads.clone();
-    let (sequences, group) = (q.dim(0)? / length, query_heads / kv_heads);
+    let Heads { sequences, heads: query_heads, kv_heads, head_dim, .. } = heads.clone();
+    let (sequences, length, group) = (sequences.len(), sequences[0], query_heads / kv_heads);
     let split =
         |x: &Tensor, heads| x.reshape((sequences, length, heads, head_dim))?.transpose(1, 2)?.contiguous();
     // Key/value head `i` serves query heads `i * group` to `i * group + group - 1`.
@@ -98,7 +99,7 @@ fn attention_is_its_composition() {
     ];
     for (sequences, sequence_length, heads, kv_heads, head_dim) in cases {
         let rope = Arc::new(RopeTable::new(head_dim, sequence_length, 50.0));
-        let shape = Heads { sequence_length, heads, kv_heads, head_dim, rope };
+        let shape = Heads { sequences: vec![sequence_length; sequences], heads, kv_heads, head_dim, rope };
         let tokens = sequences * sequence_length;
         let [q, kv] = [[tokens, heads * head_dim], [tokens, kv_heads * head_dim]];
         let inputs = [random(&mut rng, &q), random(&mut rng, &kv), random(&mut rng, &kv)];

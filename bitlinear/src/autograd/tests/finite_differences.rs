@@ -122,15 +122,21 @@ fn rms_norm_has_its_derivative() {
 #[test]
 fn attention_has_its_derivative() {
     let mut rng = rng(4);
-    let cases = [(1, 1, 2, 2, 2), (3, 2, 4, 2, 4), (2, 7, 6, 2, 8), (1, 33, 2, 1, 32), (2, 33, 3, 3, 6)];
-    for (sequences, sequence_length, heads, kv_heads, head_dim) in cases {
-        let rope = Arc::new(RopeTable::new(head_dim, sequence_length + 3, 100.0));
-        let shape = Heads { sequence_length, heads, kv_heads, head_dim, rope };
-        let tokens = sequences * sequence_length;
+    let cases = [
+        (vec![1], 2, 2, 2),
+        (vec![2; 3], 4, 2, 4),
+        (vec![7; 2], 6, 2, 8),
+        (vec![33], 2, 1, 32),
+        (vec![33; 2], 3, 3, 6),
+        (vec![4, 1, 19, 2], 4, 2, 6),
+    ];
+    for (sequences, heads, kv_heads, head_dim) in cases {
+        let rope = Arc::new(RopeTable::new(head_dim, sequences.iter().max().unwrap() + 3, 100.0));
+        let tokens = sequences.iter().sum();
+        let shape = Heads { sequences, heads, kv_heads, head_dim, rope };
         let [q, kv] = [[tokens, heads * head_dim], [tokens, kv_heads * head_dim]];
         let inputs = [random(&mut rng, &q), random(&mut rng, &kv), random(&mut rng, &kv)];
-        let name =
-            format!("attention of {sequences} x {sequence_length}, {heads}/{kv_heads} heads of {head_dim}");
+        let name = format!("attention of {:?}, {heads}/{kv_heads} heads of {head_dim}", shape.sequences);
         check_attention(&name, &shape, &inputs, &mut rng);
     }
 }
@@ -138,7 +144,7 @@ fn attention_has_its_derivative() {
 /// With one token the weights are all 1, and queries and keys have no gradient: that is checked exactly.
 fn check_attention(name: &str, heads: &Heads, inputs: &[Tensor; 3], rng: &mut ChaCha8Rng) {
     let shape = inputs[0].dims().to_vec();
-    if heads.sequence_length > 1 {
+    if heads.sequences != [1] {
         check(name, &|x| attention(&x[0], &x[1], &x[2], heads), inputs, &shape, rng);
         return;
     }

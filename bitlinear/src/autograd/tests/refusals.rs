@@ -53,26 +53,33 @@ fn shapes_that_do_not_fit_are_refused() {
 
 #[test]
 fn attention_refuses_what_does_not_divide() {
-    // tokens, length, heads, kv_heads, head_dim, then the columns of q, k and v; the first is right.
-    let cases = [
-        ([6, 3, 4, 2, 8], [32, 16, 16], true),
-        ([6, 4, 4, 2, 8], [32, 16, 16], false),
-        ([6, 0, 4, 2, 8], [32, 16, 16], false),
-        ([6, 3, 4, 3, 8], [32, 24, 24], false),
-        ([6, 3, 4, 0, 8], [32, 0, 0], false),
-        ([6, 3, 4, 2, 8], [24, 16, 16], false),
-        ([6, 3, 4, 2, 8], [32, 24, 16], false),
-        ([6, 3, 4, 2, 8], [32, 16, 24], false),
+    // tokens and their sequences, heads, kv_heads, head_dim, then the columns of q, k and v.
+    let cases: [(usize, &[usize], [usize; 3], [usize; 3], bool); 18] = [
+        (6, &[3, 3], [4, 2, 8], [32, 16, 16], true),
+        (6, &[1, 5], [4, 2, 8], [32, 16, 16], true),
+        (0, &[], [4, 2, 8], [32, 16, 16], true),
+        (6, &[4], [4, 2, 8], [32, 16, 16], false),
+        (6, &[4, 4], [4, 2, 8], [32, 16, 16], false),
+        (6, &[], [4, 2, 8], [32, 16, 16], false),
+        (6, &[3, 0, 3], [4, 2, 8], [32, 16, 16], false),
+        (6, &[usize::MAX, 7], [4, 2, 8], [32, 16, 16], false),
+        (6, &[3, 3], [4, 3, 8], [32, 24, 24], false),
+        (6, &[3, 3], [4, 0, 8], [32, 0, 0], false),
+        (6, &[3, 3], [4, 2, 8], [24, 16, 16], false),
+        (6, &[3, 3], [4, 2, 8], [32, 24, 16], false),
+        (6, &[3, 3], [4, 2, 8], [32, 16, 24], false),
         // More positions than the table has.
-        ([12, 12, 4, 2, 8], [32, 16, 16], false),
+        (13, &[1, 12], [4, 2, 8], [32, 16, 16], false),
+        (13, &[2, 11], [4, 2, 8], [32, 16, 16], true),
         // Heads that the table does not turn as one.
-        ([6, 3, 2, 1, 16], [32, 16, 16], false),
-        ([6, 3, 8, 4, 4], [32, 16, 16], false),
-        ([6, 3, 4, 2, 0], [0, 0, 0], false),
+        (6, &[3, 3], [2, 1, 16], [32, 16, 16], false),
+        (6, &[3, 3], [8, 4, 4], [32, 16, 16], false),
+        (6, &[3, 3], [4, 2, 0], [0, 0, 0], false),
     ];
     let rope = Arc::new(RopeTable::new(8, 11, 1e4));
-    for ([tokens, sequence_length, heads, kv_heads, head_dim], columns, fits) in cases {
-        let shape = Heads { sequence_length, heads, kv_heads, head_dim, rope: Arc::clone(&rope) };
+    for (tokens, sequences, [heads, kv_heads, head_dim], columns, fits) in cases {
+        let sequences = sequences.to_vec();
+        let shape = Heads { sequences, heads, kv_heads, head_dim, rope: Arc::clone(&rope) };
         let [q, k, v] = columns.map(|columns| zeros(&[tokens, columns]));
         let result = attention(&q, &k, &v, &shape);
         assert_eq!(result.is_ok(), fits, "{shape:?}");
@@ -80,7 +87,7 @@ fn attention_refuses_what_does_not_divide() {
             assert_refused(result, &["attention", "the shapes must agree"]);
         }
     }
-    let shape = Heads { sequence_length: 3, heads: 4, kv_heads: 2, head_dim: 8, rope };
+    let shape = Heads { sequences: vec![3; 2], heads: 4, kv_heads: 2, head_dim: 8, rope };
     assert!(attention(&zeros(&[6, 32]), &zeros(&[3, 16]), &zeros(&[3, 16]), &shape).is_err());
     assert!(attention(&zeros(&[]), &zeros(&[3, 16]), &zeros(&[3, 16]), &shape).is_err());
 }
@@ -122,7 +129,7 @@ fn other_types_and_strides_are_refused() {
         assert_refused(head_cross_entropy(x, &zeros(&[2, 3]), vec![0; 3].into()), &[part]);
     }
     let heads = Heads {
-        sequence_length: 2,
+        sequences: vec![2; 2],
         heads: 2,
         kv_heads: 2,
         head_dim: 2,
@@ -178,7 +185,7 @@ fn nan_reaches_the_output() {
     }
     // Token 2 is the first of the second sequence: both of its tokens see it as key and value, itself alone as query.
     let heads = Heads {
-        sequence_length: 2,
+        sequences: vec![2; 2],
         heads: 1,
         kv_heads: 1,
         head_dim: 6,
