@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::{tensor_like, values, with_values};
 use crate::products::Precision;
+use crate::training::HeadLoss;
 use crate::{simd_fn, training};
 
 /// Mean cross-entropy, in nats, of `softmax(hidden head^T)` with the target of each token.
@@ -73,18 +74,18 @@ impl CustomOp2 for Op {
         let head = values(head, head_layout, self.name())?;
         let (mut grad_hidden, mut grad_head) = (vec![0f32; hidden.len()], vec![0f32; head.len()]);
         let tokens = self.targets.len() as f64;
-        let total = training::head_cross_entropy(
+        let losses = training::head_loss(
             Precision::F32,
             [hidden, head],
-            &self.targets,
+            &HeadLoss::cross_entropy(&self.targets),
             (1.0 / tokens) as f32,
             0.0,
-            &mut Vec::new(),
+            &mut Default::default(),
             &mut grad_hidden,
             &mut grad_head,
         );
         *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = Some((grad_hidden, grad_head));
-        Ok((CpuStorage::F32(vec![(total / tokens) as f32]), Shape::from(())))
+        Ok((CpuStorage::F32(vec![(losses.cross_entropy / tokens) as f32]), Shape::from(())))
     }
 
     fn bwd(

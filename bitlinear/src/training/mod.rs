@@ -15,6 +15,7 @@
 //! Results do not depend on the number of threads: work is cut into fixed chunks, and sums over tokens add chunk results
 //! in order.
 mod attention;
+mod divergence;
 mod head;
 mod linear;
 mod mlp;
@@ -23,7 +24,7 @@ mod norm;
 #[cfg(feature = "candle")]
 pub(crate) use attention::{Group, Sequence};
 pub use attention::{Heads, attention, attention_backward};
-pub use head::{LOGITS_CHUNK, head_cross_entropy, head_losses};
+pub use head::{HeadLoss, LOGITS_CHUNK, Losses, Teacher, head_loss, head_losses};
 pub use linear::{Input, Latent, ProjectionError, Projections, Scratch};
 pub use mlp::{MlpNorm, gated_backward};
 pub use norm::rms_norm_backward;

@@ -9,6 +9,7 @@ use crate::autograd;
 use crate::math::{Activation, RopeTable};
 use crate::products::Precision;
 
+mod head;
 mod sequences;
 
 /// Largest relative error of results that are computed in f32.
@@ -170,18 +171,11 @@ fn the_head_has_the_loss_and_the_gradients_of_the_graph() {
             let mut step = |keep, grad_head: &mut [f32]| {
                 let scale = 1.0 / tokens as f32;
                 let operands = [&hidden[..], &head];
-                head_cross_entropy(
-                    precision,
-                    operands,
-                    &targets,
-                    scale,
-                    keep,
-                    &mut Vec::new(),
-                    &mut grad_hidden,
-                    grad_head,
-                )
+                let loss = HeadLoss::cross_entropy(&targets);
+                let room = &mut Default::default();
+                head_loss(precision, operands, &loss, scale, keep, room, &mut grad_hidden, grad_head)
             };
-            let total = step(0.0, &mut grad_head);
+            let total = step(0.0, &mut grad_head).cross_entropy;
             let mean = f64::from(loss.to_scalar::<f32>().unwrap());
             assert!((total / tokens as f64 - mean).abs() < bound * mean, "{total}, {mean}");
             assert_close("head", &grad_head, &expected[1], bound);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use bitlinear::math::{self, RopeTable};
 use bitlinear::products::Precision;
-use bitlinear::training::{self, Heads, ProjectionError};
+use bitlinear::training::{self, HeadLoss, Heads, ProjectionError};
 use bitlinear::{pool, simd_fn};
 use infer::config::ModelConfig;
 
@@ -37,7 +37,7 @@ pub struct Decoder {
     /// The gradient of the residual stream.
     grad: Vec<f32>,
     grad_hidden: Vec<f32>,
-    logits: Vec<f32>,
+    logits: [Vec<f32>; 2],
     room: Room,
     times: DecoderTimes,
 }
@@ -96,7 +96,7 @@ impl Decoder {
             hidden: Vec::new(),
             grad: Vec::new(),
             grad_hidden: Vec::new(),
-            logits: Vec::new(),
+            logits: Default::default(),
             room: Room::default(),
             times: DecoderTimes::default(),
             config,
@@ -187,11 +187,11 @@ impl Decoder {
         let head = weights.values.get(name);
         grad_hidden.resize(x.len(), 0.0);
         let scale = (share / targets.len() as f64) as f32;
-        let total = gradients.with([name], |[grad_head]| {
-            training::head_cross_entropy(
+        let losses = gradients.with([name], |[grad_head]| {
+            training::head_loss(
                 Precision::Bf16,
                 [hidden, head],
-                targets,
+                &HeadLoss::cross_entropy(targets),
                 scale,
                 keep,
                 logits,
@@ -204,7 +204,7 @@ impl Decoder {
         gradients.with(["model.norm.weight"], |[grad_gain]| {
             training::rms_norm_backward(x, gain, grad_hidden, eps, keep, grad, grad_gain);
         });
-        total / targets.len() as f64
+        losses.cross_entropy / targets.len() as f64
     }
 
     fn backward(
