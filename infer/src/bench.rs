@@ -238,7 +238,7 @@ fn kilobytes(report: &str, key: &str) -> Option<u64> {
 /// # Errors
 /// The config is not valid or asks for more memory than is free (where the system tells).
 pub fn random_model(config: &ModelConfig, seed: u64, layout: Layout) -> Result<Model, BenchError> {
-    let config = ModelConfig { quantized: true, ..config.clone() };
+    let config = ModelConfig { quantized: true, modules_to_not_convert: Vec::new(), ..config.clone() };
     config.validate().map_err(ModelError::from)?;
     check_memory(&config, layout)?;
     let (hidden, vocab) = (config.hidden_size, config.vocab_size);
@@ -272,8 +272,8 @@ fn random_layer(config: &ModelConfig, seed: u64, layout: Layout) -> Result<Layer
     let norm = |width: usize| F32Data::from(vec![1.0; width]);
     Ok(Layer {
         input_layernorm: norm(config.hidden_size),
-        qkv_bias: None,
-        qk_norm: None,
+        qkv_bias: config.qkv_bias.then(|| [q, k, v].map(|(_, rows, _)| vec![0.125; rows].into())),
+        qk_norm: config.qk_norm.then(|| [norm(config.head_dim), norm(config.head_dim)]),
         q_proj: projection(1, q)?,
         k_proj: projection(2, k)?,
         v_proj: projection(3, v)?,

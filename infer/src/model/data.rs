@@ -126,6 +126,14 @@ impl Table {
         });
     }
 
+    /// Its values as f32, in their own place where they are that.
+    pub(crate) fn into_f32(self) -> F32Data {
+        match self {
+            Self::F32(data) => data,
+            halves => halves.to_f32().into(),
+        }
+    }
+
     /// All values as f32.
     pub fn to_f32(&self) -> Vec<f32> {
         with_table!(self, data => data.iter().map(|value| value.widen()).collect())

@@ -9,7 +9,7 @@ use bitlinear::math::{self, Activation, RopeTable, Widen};
 use bitlinear::{pool, simd_fn};
 
 use super::cache::{Heads, LayerCache};
-use super::{KvCache, Layer, Model, ModelError, Part, Parts, Projection, with_table};
+use super::{F32Data, KvCache, Layer, Model, ModelError, Part, Parts, Projection, with_table};
 
 /// Tokens that pass the layers at once.
 const CHUNK: usize = 512;
@@ -65,7 +65,7 @@ impl Scratch {
     }
 }
 
-/// What goes into a projection: quantized for ternary weights, as it is for dense ones.
+/// What goes into projections: quantized for ternary weights, as it is for dense ones, both where they share it.
 #[derive(Debug, Clone, Default)]
 struct Inputs {
     quantized: QuantizedRows,
@@ -74,24 +74,30 @@ struct Inputs {
 }
 
 impl Inputs {
-    /// Takes `rows` rows of `columns` values, each written by `make`.
-    fn fill(
+    /// Takes `rows` rows of `columns` values, each written by `make`, in the forms that the weights need.
+    fn fill<const N: usize>(
         &mut self,
-        quantized: bool,
+        weights: [&Projection; N],
         rows: usize,
         columns: usize,
         make: impl Fn(usize, &mut [f32]) + Sync,
     ) {
         self.columns = columns;
-        if quantized {
-            self.quantized.fill_with(rows, columns, make);
-        } else {
-            self.dense.resize(rows * columns, 0.0);
-            for_chunks(&mut self.dense, columns, columns * 4, make);
+        let ternary = weights.iter().filter(|weight| matches!(weight, Projection::Ternary(_))).count();
+        if ternary == N {
+            return self.quantized.fill_with(rows, columns, make);
+        }
+        self.dense.resize(rows * columns, 0.0);
+        for_chunks(&mut self.dense, columns, columns * 4, make);
+        if ternary > 0 {
+            let dense = &self.dense;
+            self.quantized.fill_with(rows, columns, |row, out| {
+                out.copy_from_slice(&dense[row * columns..][..columns]);
+            });
         }
     }
 
-    /// Products with several weights, all ternary or all dense; the ternary ones share one dispatch.
+    /// Products with several weights; the ternary ones share one dispatch.
     fn project<const N: usize>(&self, products: [(&Projection, &mut [f32]); N]) -> Result<(), ModelError> {
         let mut ternary = Vec::with_capacity(N);
         for (weight, out) in products {
@@ -232,7 +238,7 @@ impl Model {
         let (config, eps) = (&self.config, self.config.rms_norm_eps);
         let (hidden, width, kv_width) = (config.hidden_size, config.attention_width(), config.kv_width());
         let tokens = x.len() / hidden;
-        scratch.hidden.fill(config.quantized, tokens, hidden, |t, out| {
+        scratch.hidden.fill([&layer.q_proj, &layer.k_proj, &layer.v_proj], tokens, hidden, |t, out| {
             norm_row(&x[t * hidden..][..hidden], &layer.input_layernorm, eps, out);
         });
         scratch.end(Part::NormQuantize);
@@ -241,10 +247,15 @@ impl Model {
             (&layer.k_proj, resized(&mut scratch.k, tokens * kv_width)),
             (&layer.v_proj, resized(&mut scratch.v, tokens * kv_width)),
         ])?;
-        scratch.end(Part::Qkv);
-        for (rotated, width) in [(&mut scratch.q, width), (&mut scratch.k, kv_width)] {
-            for_chunks(rotated, width, width * 4, |t, row| rotate_row(rope, start + t, row));
+        for (bias, out) in
+            layer.qkv_bias.iter().flatten().zip([&mut scratch.q, &mut scratch.k, &mut scratch.v])
+        {
+            for_chunks(out, bias.len(), bias.len(), |_, row| add_row(row, bias));
         }
+        scratch.end(Part::Qkv);
+        let [q_norm, k_norm] = layer.qk_norm.as_ref().map_or([None; 2], |norms| norms.each_ref().map(Some));
+        self.place(q_norm, rope, start, width, &mut scratch.q);
+        self.place(k_norm, rope, start, kv_width, &mut scratch.k);
         cache.append(config.head_dim, start, [&scratch.k, &scratch.v]);
         scratch.end(Part::Other);
         let mixed = resized(&mut scratch.mixed, tokens * width);
@@ -255,7 +266,7 @@ impl Model {
         scratch.end(Part::Attention);
         let mixed = &scratch.mixed;
         // As wide as the residual stream where there is a sub-norm, and nearly always.
-        scratch.hidden.fill(config.quantized, tokens, width, |t, out| {
+        scratch.hidden.fill([&layer.o_proj], tokens, width, |t, out| {
             let row = &mixed[t * width..][..width];
             match &layer.attn_sub_norm {
                 Some(weight) => norm_row(row, weight, eps, out),
@@ -268,6 +279,17 @@ impl Model {
         add(x, &scratch.out);
         scratch.end(Part::Other);
         Ok(())
+    }
+
+    /// Queries or keys with their norm and at their positions: `rope(norm(x[t, head]))` for tokens from `start` on.
+    fn place(&self, norm: Option<&F32Data>, rope: &RopeTable, start: usize, width: usize, x: &mut [f32]) {
+        let (head_dim, eps) = (self.config.head_dim, self.config.rms_norm_eps);
+        for_chunks(x, width, width * 4, |t, row| {
+            if let Some(weight) = norm {
+                row.chunks_exact_mut(head_dim).for_each(|head| norm_in_place(head, weight, eps));
+            }
+            rotate_row(rope, start + t, row);
+        });
     }
 
     /// `mixed[t, h] = softmax(q[t, h] · keys[..= t] / sqrt(head_dim)) · values[..= t]`, each head with its group's keys.
@@ -294,7 +316,7 @@ impl Model {
         let (config, eps, act) = (&self.config, self.config.rms_norm_eps, self.config.hidden_act);
         let (hidden, width) = (config.hidden_size, config.intermediate_size);
         let tokens = x.len() / hidden;
-        scratch.hidden.fill(config.quantized, tokens, hidden, |t, out| {
+        scratch.hidden.fill([&layer.gate_proj, &layer.up_proj], tokens, hidden, |t, out| {
             norm_row(&x[t * hidden..][..hidden], &layer.post_attention_layernorm, eps, out);
         });
         scratch.end(Part::NormQuantize);
@@ -304,7 +326,7 @@ impl Model {
         ])?;
         scratch.end(Part::GateUp);
         let (gate, up) = (&scratch.gate, &scratch.up);
-        scratch.inner.fill(config.quantized, tokens, width, |t, out| {
+        scratch.inner.fill([&layer.down_proj], tokens, width, |t, out| {
             gate_row(act, &gate[t * width..][..width], &up[t * width..][..width], out);
             if let Some(weight) = &layer.ffn_sub_norm {
                 norm_in_place(out, weight, eps);

@@ -149,14 +149,24 @@ impl Layer {
     }
 
     /// Name, weight and width of every norm.
-    pub fn norms(&self, config: &ModelConfig) -> [(&'static str, Option<&F32Data>, usize); 4] {
+    pub fn norms(&self, config: &ModelConfig) -> [(&'static str, Option<&F32Data>, usize); 6] {
         let (hidden, width) = (config.hidden_size, config.intermediate_size);
+        let [q_norm, k_norm] = self.qk_norm.as_ref().map_or([None; 2], |norms| norms.each_ref().map(Some));
         [
             ("input_layernorm", Some(&self.input_layernorm), hidden),
+            ("self_attn.q_norm", q_norm, config.head_dim),
+            ("self_attn.k_norm", k_norm, config.head_dim),
             ("self_attn.attn_sub_norm", self.attn_sub_norm.as_ref(), hidden),
             ("post_attention_layernorm", Some(&self.post_attention_layernorm), hidden),
             ("mlp.ffn_sub_norm", self.ffn_sub_norm.as_ref(), width),
         ]
+    }
+
+    /// Name, values and projection of every bias; nothing without `qkv_bias`.
+    pub fn biases(&self) -> impl Iterator<Item = (&'static str, &F32Data, &Projection)> {
+        let names = ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"];
+        let biases = self.qkv_bias.iter().flatten();
+        names.into_iter().zip(biases).zip(self.projections()).map(|((name, bias), proj)| (name, bias, proj))
     }
 }
 
@@ -202,15 +212,7 @@ impl Model {
             });
         }
         for (index, layer) in weights.layers.iter().enumerate() {
-            for (name, norm, width) in layer.norms(&config) {
-                let wanted = config.sub_norm || !name.contains("sub_norm");
-                let len = norm.map(|norm| norm.len());
-                check_len(&format!("model.layers.{index}.{name}.weight"), len, wanted, &[width])?;
-            }
-            for ((name, rows, columns), projection) in config.projections().iter().zip(layer.projections()) {
-                let name = format!("model.layers.{index}.{name}.weight");
-                check_projection(&name, projection, config.quantized, *rows, *columns)?;
-            }
+            check_layer(&config, index, layer)?;
         }
         Ok(Self { config, weights, int_head: None })
     }
@@ -275,17 +277,43 @@ impl Model {
         })
     }
 
-    /// Bytes of weights that one new token reads: projections, norms and the head that runs (with an int4 head, without the
+    /// Bytes of weights that one new token reads: projections, biases, norms and the head that runs (with an int4 head, without the
     /// exact rows of the likeliest tokens).
     pub fn bytes_per_token(&self) -> usize {
         let layers = self.weights.layers.iter().map(|layer| {
             let norms = layer.norms(&self.config).into_iter().filter_map(|(_, norm, _)| norm);
-            let norms = norms.map(|norm| size_of_val(&**norm)).sum::<usize>();
-            layer.projections().iter().map(|p| p.bytes()).sum::<usize>() + norms
+            let biases = layer.biases().map(|(_, bias, _)| bias);
+            let vectors = norms.chain(biases).map(|values| size_of_val(&**values)).sum::<usize>();
+            layer.projections().iter().map(|p| p.bytes()).sum::<usize>() + vectors
         });
         let head = self.int_head.as_ref().map_or_else(|| self.head().bytes(), IntWeight::bytes);
         layers.sum::<usize>() + size_of_val(&*self.weights.norm) + head
     }
+}
+
+fn check_layer(config: &ModelConfig, index: usize, layer: &Layer) -> Result<(), ModelError> {
+    for (name, norm, width) in layer.norms(config) {
+        let wanted = match name {
+            "self_attn.q_norm" | "self_attn.k_norm" => config.qk_norm,
+            "self_attn.attn_sub_norm" | "mlp.ffn_sub_norm" => config.sub_norm,
+            _ => true,
+        };
+        let len = norm.map(|norm| norm.len());
+        check_len(&format!("model.layers.{index}.{name}.weight"), len, wanted, &[width])?;
+    }
+    let projections = config.projections();
+    for (place, (name, rows, columns)) in projections.into_iter().enumerate() {
+        let module = format!("model.layers.{index}.{name}");
+        let projection = layer.projections()[place];
+        let ternary = config.is_ternary(&module);
+        check_projection(&format!("{module}.weight"), projection, ternary, rows, columns)?;
+        // q, k and v come first.
+        if place < 3 {
+            let len = layer.qkv_bias.as_ref().map(|biases| biases[place].len());
+            check_len(&format!("{module}.bias"), len, config.qkv_bias, &[rows])?;
+        }
+    }
+    Ok(())
 }
 
 fn check_len(name: &str, len: Option<usize>, wanted: bool, shape: &[usize]) -> Result<(), ModelError> {
@@ -307,13 +335,13 @@ fn check_len(name: &str, len: Option<usize>, wanted: bool, shape: &[usize]) -> R
 fn check_projection(
     name: &str,
     projection: &Projection,
-    quantized: bool,
+    wanted: bool,
     rows: usize,
     columns: usize,
 ) -> Result<(), ModelError> {
-    let kind = |quantized| if quantized { "ternary" } else { "dense" };
+    let kind = |ternary| if ternary { "ternary" } else { "dense" };
     match projection {
-        Projection::Ternary(weight) if quantized => {
+        Projection::Ternary(weight) if wanted => {
             if (weight.out_features(), weight.in_features()) == (rows, columns) {
                 return Ok(());
             }
@@ -323,11 +351,7 @@ fn check_projection(
                 found: format!("[{}, {}]", weight.out_features(), weight.in_features()),
             })
         }
-        Projection::Dense(data) if !quantized => check_len(name, Some(data.len()), true, &[rows, columns]),
-        _ => Err(ModelError::Kind {
-            tensor: name.to_owned(),
-            expected: kind(quantized),
-            found: kind(!quantized),
-        }),
+        Projection::Dense(data) if !wanted => check_len(name, Some(data.len()), true, &[rows, columns]),
+        _ => Err(ModelError::Kind { tensor: name.to_owned(), expected: kind(wanted), found: kind(!wanted) }),
     }
 }
