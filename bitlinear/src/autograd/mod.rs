@@ -4,6 +4,7 @@
 //! small operations costs an allocation and a pass over memory for each. So each hot part is one operation with its
 //! own backward, whose forward calls the same functions as the inference runtime ([`crate::math`], [`crate::kernels`]): hidden
 //! states of both sides are equal bit for bit. Gradients are f32 throughout; [`crate::training`] has the faster ones.
+//! A bias needs no operation of its own: candle's `broadcast_add` has the right gradient.
 //!
 //! Activations are f32 tensors `[tokens, features]`, sequences one after the other. Results do not depend on the
 //! number of threads: work is cut into fixed chunks, and sums over tokens add chunk results in order.

@@ -16,6 +16,7 @@
 //! in order.
 mod attention;
 mod divergence;
+mod bias;
 mod head;
 mod linear;
 mod mlp;
@@ -25,6 +26,7 @@ mod norm;
 pub(crate) use attention::{Group, Sequence};
 pub use attention::{Heads, attention, attention_backward};
 pub use head::{HeadLoss, LOGITS_CHUNK, Losses, Teacher, head_loss, head_losses};
+pub use bias::{add_bias, bias_backward};
 pub use linear::{Input, Latent, ProjectionError, Projections, Scratch};
 pub use mlp::{MlpNorm, gated_backward};
 pub use norm::rms_norm_backward;

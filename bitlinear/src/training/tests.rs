@@ -10,6 +10,7 @@ use crate::math::{Activation, RopeTable};
 use crate::products::Precision;
 
 mod head;
+mod finite_differences;
 mod sequences;
 
 /// Largest relative error of results that are computed in f32.

@@ -120,6 +120,15 @@ fn rms_norm_has_its_derivative() {
 }
 
 #[test]
+fn a_bias_of_candle_has_its_derivative() {
+    let mut rng = rng(9);
+    for shape in [[1, 1], [5, 17], [70, 33]] {
+        let inputs = [random(&mut rng, &shape), random(&mut rng, &shape[1..])];
+        check(&format!("bias of {shape:?}"), &|x| x[0].broadcast_add(&x[1]), &inputs, &shape, &mut rng);
+    }
+}
+
+#[test]
 fn attention_has_its_derivative() {
     let mut rng = rng(4);
     let cases = [
