@@ -120,6 +120,20 @@ fn rms_norm_has_its_derivative() {
 }
 
 #[test]
+fn the_norm_of_heads_has_its_derivative() {
+    let mut rng = rng(8);
+    for (tokens, heads, head_dim) in [(1, 2, 4), (5, 3, 16)] {
+        let shape = [tokens, heads * head_dim];
+        let inputs = [random(&mut rng, &shape), random(&mut rng, &[head_dim])];
+        let of_heads: Op<'_> = &|x| {
+            let rows = x[0].reshape((tokens * heads, head_dim))?;
+            rms_norm(&rows, &x[1], 1e-5)?.reshape(&shape)
+        };
+        check(&format!("rms_norm of {tokens} x {heads} heads"), of_heads, &inputs, &shape, &mut rng);
+    }
+}
+
+#[test]
 fn a_bias_of_candle_has_its_derivative() {
     let mut rng = rng(9);
     for shape in [[1, 1], [5, 17], [70, 33]] {

@@ -2,6 +2,7 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::math;
 use crate::pool::Pool;
 
 /// Largest error of a derivative along a direction, in units of the gradient's length.
@@ -105,5 +106,26 @@ fn rows_that_do_not_fit_a_bias_are_refused() {
         assert!(std::panic::catch_unwind(|| add_bias(&mut vec![0.0; rows], &vec![0.0; features])).is_err());
         let backward = || bias_backward(&vec![0.0; rows], 0.0, &mut vec![0.0; features]);
         assert!(std::panic::catch_unwind(backward).is_err());
+    }
+}
+
+#[test]
+fn the_norm_of_heads_has_its_derivative() {
+    let mut r = random(22);
+    // One gain for all heads of all tokens: rows of heads are rows as any others.
+    for (tokens, heads, head_dim) in [(1, 2, 4), (3, 5, 16), (40, 4, 64)] {
+        let [x, grad] = [0; 2].map(|_| r.values(tokens * heads * head_dim));
+        let weight = r.values(head_dim);
+        let forward = |x: &[f32], weight: &[f32]| {
+            let mut out = vec![0f32; x.len()];
+            for (out, x) in out.chunks_exact_mut(head_dim).zip(x.chunks_exact(head_dim)) {
+                math::rms_norm(x, weight, 1e-5, out);
+            }
+            out
+        };
+        let (mut grad_x, mut grad_w) = (vec![0f32; x.len()], vec![f32::NAN; head_dim]);
+        rms_norm_backward(&x, &weight, &grad, 1e-5, 0.0, &mut grad_x, &mut grad_w);
+        check("heads", &|x| forward(x, &weight), &x, &grad, &grad_x, &mut r);
+        check("gain", &|weight| forward(&x, weight), &weight, &grad, &grad_w, &mut r);
     }
 }
