@@ -21,6 +21,7 @@ mod head;
 mod linear;
 mod mlp;
 mod norm;
+mod relations;
 
 #[cfg(feature = "candle")]
 pub(crate) use attention::{Group, Sequence};
@@ -30,6 +31,7 @@ pub use bias::{add_bias, bias_backward};
 pub use linear::{Input, Latent, ProjectionError, Projections, Scratch};
 pub use mlp::{MlpNorm, gated_backward};
 pub use norm::rms_norm_backward;
+pub use relations::{Relations, relation_loss};
 
 /// Tokens that a task works on at once.
 const TOKEN_CHUNK: usize = 32;

@@ -12,6 +12,8 @@ use crate::products::Precision;
 mod head;
 mod finite_differences;
 mod sequences;
+mod reference;
+mod relations;
 
 /// Largest relative error of results that are computed in f32.
 const ROUNDING: f64 = 2e-5;

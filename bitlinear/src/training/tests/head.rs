@@ -4,13 +4,11 @@ use std::sync::Arc;
 use proptest::prelude::{prop, prop_assert, proptest};
 use rand::Rng;
 
+use super::reference::{differences, log_softmax, wide};
 use super::*;
 use crate::math;
 use crate::pool::Pool;
 use crate::products::{Matrix, multiply};
-
-/// Step of a central difference in f64: its own error is some 1e-10 of the loss's third derivative.
-const STEP: f64 = 1e-5;
 
 /// A head's operands, and those of its teacher, which is wider.
 struct Case {
@@ -59,17 +57,6 @@ impl Case {
     }
 }
 
-fn wide(values: &[f32]) -> Vec<f64> {
-    values.iter().map(|value| f64::from(*value)).collect()
-}
-
-/// Logarithms of the softmax of `logits / temperature`.
-fn log_softmax(logits: &[f64], temperature: f64) -> Vec<f64> {
-    let max = logits.iter().fold(f64::NEG_INFINITY, |a, b| a.max(*b));
-    let sum: f64 = logits.iter().map(|x| ((x - max) / temperature).exp()).sum();
-    logits.iter().map(|x| (x - max) / temperature - sum.ln()).collect()
-}
-
 fn logits(hidden: &[f64], head: &[f64]) -> Vec<f64> {
     let dot = |row: &[f64]| row.iter().zip(hidden).map(|(a, b)| a * b).sum();
     head.chunks_exact(hidden.len()).map(dot).collect()
@@ -102,21 +89,6 @@ fn objective(hidden: &[f64], head: &[f64], loss: &HeadLoss<'_>) -> f64 {
     let [cross_entropy, divergence] = losses(hidden, head, loss);
     let factor = loss.teacher.map_or(0.0, |t| f64::from(t.coefficient) * f64::from(t.temperature).powi(2));
     f64::from(loss.cross_entropy) * cross_entropy + factor * divergence
-}
-
-/// Central differences of `f` in every value.
-fn differences(values: &[f32], f: impl Fn(&[f64]) -> f64) -> Vec<f32> {
-    let (mut values, count) = (wide(values), values.len());
-    let slope = |at: usize| {
-        let value = values[at];
-        let [above, below] = [STEP, -STEP].map(|step| {
-            values[at] = value + step;
-            f(&values)
-        });
-        values[at] = value;
-        ((above - below) / (2.0 * STEP)) as f32
-    };
-    (0..count).map(slope).collect()
 }
 
 #[test]
