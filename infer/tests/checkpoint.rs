@@ -7,73 +7,18 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use common::{bits, config, ids, latents, model, variants};
-use infer::checkpoint::{CheckpointError, hf, write_atomic};
+use common::files::{Raw, edit, edit_config, folder, logits, scales};
+use common::{bits, config, latents, model, qwens, variants};
+use infer::ModelConfig;
+use infer::checkpoint::{CheckpointError, hf};
 use infer::generate::{GenerateOptions, generate};
 use infer::model::{KvPrecision, Projection};
 use infer::sampler::SamplingOptions;
 use infer::tokenizer::Tokenizer;
-use infer::{KvCache, Logits, Model, ModelConfig};
 use rand::{Rng, SeedableRng};
-use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-
-fn folder(config: &ModelConfig, seed: u64) -> (TempDir, Model) {
-    let (folder, model) = (TempDir::new().unwrap(), model(config, seed));
-    hf::write(folder.path(), &model, &BTreeMap::new()).unwrap();
-    (folder, model)
-}
-
-fn logits(model: &Model) -> Vec<u32> {
-    let ids = ids(model.config(), 12, 1);
-    bits(&model.forward(&ids, &mut KvCache::new(model, 12).unwrap(), Logits::All).unwrap())
-}
-
-/// The tensors of a safetensors file, to be changed and written back.
-struct Raw(BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>);
-
-impl Raw {
-    fn read(folder: &Path) -> Self {
-        let bytes = fs::read(folder.join("model.safetensors")).unwrap();
-        let file = SafeTensors::deserialize(&bytes).unwrap();
-        let tensor = |view: TensorView<'_>| (view.dtype(), view.shape().to_vec(), view.data().to_vec());
-        Self(file.tensors().into_iter().map(|(name, view)| (name, tensor(view))).collect())
-    }
-
-    fn write(&self, path: &Path) {
-        let views = self.0.iter().map(|(name, (dtype, shape, data))| {
-            (name.as_str(), TensorView::new(*dtype, shape.clone(), data).unwrap())
-        });
-        // A new file: models that are in use keep the mapped old one.
-        write_atomic(path, &safetensors::serialize(views, None).unwrap()).unwrap();
-    }
-
-    fn set_f32(&mut self, name: &str, shape: &[usize], values: &[f32]) {
-        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        self.0.insert(name.to_owned(), (Dtype::F32, shape.to_vec(), bytes));
-    }
-
-    fn f32(&self, name: &str) -> Vec<f32> {
-        self.0[name].2.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
-    }
-}
-
-/// Changes the tensors of a folder.
-fn edit(folder: &Path, change: impl FnOnce(&mut Raw)) {
-    let mut raw = Raw::read(folder);
-    change(&mut raw);
-    raw.write(&folder.join("model.safetensors"));
-}
-
-/// Changes the config of a folder.
-fn edit_config(folder: &Path, change: impl FnOnce(&mut Value)) {
-    let path = folder.join("config.json");
-    let mut value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    change(&mut value);
-    fs::write(path, value.to_string()).unwrap();
-}
 
 #[test]
 fn what_is_written_is_read_bit_for_bit() {
@@ -141,10 +86,6 @@ fn metadata_goes_into_the_header() {
     assert!(hf::read(&path).is_ok());
 }
 
-fn scales(raw: &Raw) -> Vec<String> {
-    raw.0.keys().filter(|name| name.ends_with("weight_scale")).cloned().collect()
-}
-
 #[test]
 fn a_dividing_scale_gives_the_same_model() {
     let (folder, model) = folder(&config(), 8);
@@ -190,8 +131,9 @@ fn latent_weights_are_ternarized_when_read() {
 
 #[test]
 fn half_precision_is_widened() {
-    for dtype in [Dtype::BF16, Dtype::F16] {
-        let (folder, _) = folder(&config(), 10);
+    let configs = qwens().into_iter().chain([config()]);
+    for (config, dtype) in configs.flat_map(|config| [(config.clone(), Dtype::BF16), (config, Dtype::F16)]) {
+        let (folder, _) = folder(&config, 10);
         let narrow = |x: f32| match dtype {
             Dtype::BF16 => (half::bf16::from_f32(x).to_le_bytes(), half::bf16::from_f32(x).to_f32()),
             _ => (half::f16::from_f32(x).to_le_bytes(), half::f16::from_f32(x).to_f32()),

@@ -9,7 +9,7 @@ use bitlinear::kernels::Bits;
 use bitlinear::math::Activation;
 use bitlinear::packed::Layout;
 use bitlinear::pool::Pool;
-use common::{bits, config, ids, model, variants};
+use common::{bits, config, ids, mixed, model, qwens, variants};
 use infer::generate::{GenerateError, GenerateOptions, Stop, generate};
 use infer::model::{F32Data, KvPrecision, Part, Projection, Table, Weights};
 use infer::sampler::{SamplingOptions, argmax};
@@ -90,10 +90,22 @@ mod oracle {
                 let normed = norm(x, &layer.input_layernorm, config.rms_norm_eps);
                 let mut q = linear(&layer.q_proj, &normed, config.attention_width());
                 let mut k = linear(&layer.k_proj, &normed, config.kv_width());
+                let mut v = linear(&layer.v_proj, &normed, config.kv_width());
+                if let Some(biases) = &layer.qkv_bias {
+                    for (out, bias) in [&mut q, &mut k, &mut v].into_iter().zip(biases) {
+                        out.iter_mut().zip(bias.iter()).for_each(|(x, b)| *x += f64::from(*b));
+                    }
+                }
+                if let Some(norms) = &layer.qk_norm {
+                    for (out, weight) in [&mut q, &mut k].into_iter().zip(norms) {
+                        let heads = out.chunks(config.head_dim);
+                        *out = heads.flat_map(|head| norm(head, weight, config.rms_norm_eps)).collect();
+                    }
+                }
                 rotate(&mut q, position, config);
                 rotate(&mut k, position, config);
                 keys.push(k);
-                values.push(linear(&layer.v_proj, &normed, config.kv_width()));
+                values.push(v);
                 let mut mixed = attend(&q, &keys, &values, config);
                 if let Some(weight) = &layer.attn_sub_norm {
                     mixed = norm(&mixed, weight, config.rms_norm_eps);
@@ -181,8 +193,9 @@ fn the_oracle_notices_what_is_wrong() {
 
 #[test]
 fn a_prompt_in_pieces_gives_the_same_bits() {
-    for quantized in [true, false] {
-        let config = ModelConfig { quantized, max_position_embeddings: 700, ..config() };
+    let dense = ModelConfig { quantized: false, ..config() };
+    for config in qwens().into_iter().chain([config(), mixed(config()), dense]) {
+        let config = ModelConfig { max_position_embeddings: 700, ..config };
         let model = model(&config, 5);
         // Longer than two of the pieces that the model itself cuts.
         let ids = ids(&config, 600, 5);
@@ -275,6 +288,27 @@ fn weights_that_do_not_fit_are_named() {
     let right = model(&config(), 1);
     for (name, change) in changes {
         let (mut config, mut weights) = (config(), right.weights().clone());
+        change(&mut config, &mut weights);
+        let error = Model::new(config, weights).unwrap_err().to_string();
+        assert!(error.contains(name), "{error}");
+    }
+    let [qwen2, qwen3] = qwens();
+    let changes: [(ModelConfig, &str, Change); 6] = [
+        (qwen2.clone(), "model.layers.0.self_attn.q_proj.bias", |_, w| w.layers[0].qkv_bias = None),
+        (qwen2.clone(), "model.layers.0.self_attn.q_proj.bias", |c, _| c.qkv_bias = false),
+        (qwen2, "model.layers.1.self_attn.v_proj.bias", |_, w| {
+            w.layers[1].qkv_bias.as_mut().unwrap()[2] = vec![0.0; 17].into();
+        }),
+        (qwen3.clone(), "model.layers.0.self_attn.q_norm.weight", |c, _| c.qk_norm = false),
+        (qwen3.clone(), "model.layers.1.self_attn.k_norm.weight", |_, w| {
+            w.layers[1].qk_norm.as_mut().unwrap()[1] = vec![1.0; 32].into();
+        }),
+        (qwen3, "model.layers.1.mlp.gate_proj.weight", |c, _| {
+            c.modules_to_not_convert = vec!["model.layers.1.mlp.gate_proj".into()];
+        }),
+    ];
+    for (mut config, name, change) in changes {
+        let mut weights = model(&config, 1).weights().clone();
         change(&mut config, &mut weights);
         let error = Model::new(config, weights).unwrap_err().to_string();
         assert!(error.contains(name), "{error}");
@@ -491,6 +525,17 @@ fn a_random_model_of_a_shape_can_be_measured() {
         let named = |parts: &[(Part, f64)]| parts.iter().map(|(part, _)| *part).collect::<Vec<_>>();
         assert_eq!(named(&report.prompt_parts), Part::ALL);
         assert!(report.generation_parts.iter().all(|(_, seconds)| *seconds > 0.0));
+    }
+    for (config, vectors) in qwens().into_iter().zip([32 + 2 * 16, 2 * 16]) {
+        let model = bench::random_model(&mixed(config.clone()), 1, Layout::TwoBit).unwrap();
+        assert_eq!(model.config(), &config);
+        let report = bench::bench(&model, &options).unwrap();
+        // Beside a Llama of the same shape: biases of q, k and v, or norms of queries and keys.
+        let plain = ModelConfig { qkv_bias: false, qk_norm: false, ..config };
+        let plain = bench::random_model(&plain, 1, Layout::TwoBit).unwrap();
+        assert_eq!(report.bytes_per_token, plain.bytes_per_token() + 2 * 4 * vectors);
+        let more = model.config().parameters().unwrap() - plain.config().parameters().unwrap();
+        assert_eq!(more, 2 * vectors as u64);
     }
     let model = bench::random_model(&config, 1, Layout::TwoBit).unwrap();
     let codes = |model: &Model| match &model.weights().layers[1].up_proj {

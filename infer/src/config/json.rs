@@ -3,81 +3,10 @@
 use bitlinear::math::Activation;
 use serde_json::{Value, json};
 
+use super::architecture::{Architecture, ONE_BIT};
 use super::keys::{Keys, object};
 use super::modules::{Kept, full_name, is_projection};
 use super::{ConfigError, ModelConfig, Storage};
-
-/// What an architecture is and what it takes for keys that are missing: transformers' defaults, 1bitLLM's for its own.
-#[derive(Debug, PartialEq)]
-struct Architecture {
-    name: &'static str,
-    model_type: &'static str,
-    sub_norm: bool,
-    qkv_bias: bool,
-    qk_norm: bool,
-    /// Key and value heads; as many as query heads without.
-    num_key_value_heads: Option<usize>,
-    /// Width of a head; the share of `hidden_size` without.
-    head_dim: Option<usize>,
-    rms_norm_eps: f64,
-    rope_theta: f64,
-    hidden_act: Activation,
-    max_position_embeddings: usize,
-    bos_token_id: Option<u32>,
-    eos_token_id: Option<u32>,
-}
-
-const LLAMA: Architecture = Architecture {
-    name: "LlamaForCausalLM",
-    model_type: "llama",
-    sub_norm: false,
-    qkv_bias: false,
-    qk_norm: false,
-    num_key_value_heads: None,
-    head_dim: None,
-    rms_norm_eps: 1e-6,
-    rope_theta: 10_000.0,
-    hidden_act: Activation::Silu,
-    max_position_embeddings: 2048,
-    bos_token_id: Some(1),
-    eos_token_id: Some(2),
-};
-
-const QWEN2: Architecture = Architecture {
-    name: "Qwen2ForCausalLM",
-    model_type: "qwen2",
-    qkv_bias: true,
-    num_key_value_heads: Some(32),
-    max_position_embeddings: 32_768,
-    bos_token_id: None,
-    eos_token_id: None,
-    ..LLAMA
-};
-
-const QWEN3: Architecture = Architecture {
-    name: "Qwen3ForCausalLM",
-    model_type: "qwen3",
-    qkv_bias: false,
-    qk_norm: true,
-    head_dim: Some(128),
-    ..QWEN2
-};
-
-const BITNET: Architecture = Architecture {
-    name: "BitNetForCausalLM",
-    model_type: "bitnet",
-    sub_norm: true,
-    num_key_value_heads: Some(5),
-    rms_norm_eps: 1e-5,
-    rope_theta: 500_000.0,
-    hidden_act: Activation::Relu2,
-    bos_token_id: Some(128_000),
-    eos_token_id: Some(128_001),
-    ..LLAMA
-};
-
-/// 1bitLLM's own code: the same model with Llama's defaults and other names of the sub-norms. Read, never written.
-const ONE_BIT: Architecture = Architecture { name: "BitnetForCausalLM", sub_norm: true, ..LLAMA };
 
 impl ModelConfig {
     /// Reads a `config.json` of `LlamaForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `BitNetForCausalLM` or 1bitLLM's
@@ -163,7 +92,7 @@ impl ModelConfig {
     /// The `config.json` that transformers 5 reads, for a checkpoint that stores packed codes with a multiplying scale
     /// (or, if not quantized, dense f32).
     pub fn to_json(&self) -> Value {
-        let architecture = self.architecture();
+        let architecture = Architecture::of(self);
         let eos = match self.eos_token_ids.as_slice() {
             [] => Value::Null,
             [id] => json!(id),
@@ -210,17 +139,6 @@ impl ModelConfig {
         }
         config
     }
-
-    /// The architecture whose `config.json` and tensor names describe the model; [`ModelConfig::validate`] makes sure that
-    /// there is one.
-    fn architecture(&self) -> &'static Architecture {
-        match self {
-            Self { sub_norm: true, .. } => &BITNET,
-            Self { qkv_bias: true, .. } => &QWEN2,
-            Self { qk_norm: true, .. } => &QWEN3,
-            _ => &LLAMA,
-        }
-    }
 }
 
 /// The f64 that prints as short as this f32 does: 1e-5 and not 9.999999747378752e-6.
@@ -235,8 +153,7 @@ fn architecture(keys: &Keys<'_>) -> Result<&'static Architecture, ConfigError> {
         _ => None,
     })?;
     let name = name.ok_or(ConfigError::Missing { key: "architectures" })?;
-    let known = [&LLAMA, &QWEN2, &QWEN3, &BITNET, &ONE_BIT];
-    let Some(architecture) = known.into_iter().find(|known| known.name == name) else {
+    let Some(architecture) = Architecture::named(name) else {
         let supported =
             "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, BitNetForCausalLM, BitnetForCausalLM";
         return Err(keys.unsupported("architectures", name, supported));
@@ -401,15 +318,109 @@ mod tests {
         config
     }
 
+    /// The config of an architecture with nothing but its sizes.
+    fn bare(name: &str) -> Value {
+        let mut config =
+            with(json!({"architectures": [name], "vocab_size": 200_000, "num_attention_heads": 8}));
+        for key in ["num_key_value_heads", "max_position_embeddings"] {
+            config.as_object_mut().unwrap().remove(key);
+        }
+        config["hidden_size"] = 80.into();
+        config
+    }
+
     #[test]
     fn defaults_are_those_of_the_architecture() {
-        let (bitnet, storage) = parse(&small()).unwrap();
+        // As `LlamaConfig(hidden_size=80, num_attention_heads=8)` and its like print them; 1bitLLM's are Llama's.
+        let (llama, storage) = parse(&bare("LlamaForCausalLM")).unwrap();
         assert_eq!(storage, Storage::Dense);
-        assert_eq!((bitnet.rope_theta, bitnet.rms_norm_eps, bitnet.head_dim), (500_000.0, 1e-5, 4));
-        assert_eq!((bitnet.hidden_act, bitnet.sub_norm, bitnet.quantized), (Activation::Relu2, true, false));
-        let (llama, _) = parse(&with(json!({"architectures": ["LlamaForCausalLM"]}))).unwrap();
-        assert_eq!((llama.rope_theta, llama.rms_norm_eps, llama.sub_norm), (10_000.0, 1e-6, false));
-        assert_eq!(llama.hidden_act, Activation::Silu);
+        assert_eq!((llama.rope_theta, llama.rms_norm_eps, llama.hidden_act), (1e4, 1e-6, Activation::Silu));
+        assert_eq!((llama.num_key_value_heads, llama.head_dim), (8, 10));
+        assert_eq!((llama.max_position_embeddings, llama.tie_word_embeddings), (2048, false));
+        assert_eq!((llama.bos_token_id, llama.eos_token_ids.as_slice()), (Some(1), [2].as_slice()));
+        assert_eq!(
+            (llama.sub_norm, llama.qkv_bias, llama.qk_norm, llama.quantized),
+            (false, false, false, false)
+        );
+
+        let (one_bit, storage) = parse(&bare("BitnetForCausalLM")).unwrap();
+        assert_eq!(storage, Storage::LatentOneBit);
+        assert_eq!(one_bit, ModelConfig { sub_norm: true, quantized: true, ..llama.clone() });
+
+        // A Qwen has 32 key/value heads unless told otherwise, too many for 8; told null, as many as queries.
+        for (name, head_dim) in [("Qwen2ForCausalLM", 10), ("Qwen3ForCausalLM", 128)] {
+            assert!(parse(&bare(name)).unwrap_err().to_string().contains("= 32"));
+            let mut text = bare(name);
+            text["num_key_value_heads"] = Value::Null;
+            let (qwen, _) = parse(&text).unwrap();
+            let expected = ModelConfig {
+                qkv_bias: head_dim == 10,
+                qk_norm: head_dim == 128,
+                head_dim,
+                max_position_embeddings: 32_768,
+                bos_token_id: None,
+                eos_token_ids: vec![],
+                ..llama.clone()
+            };
+            assert_eq!(qwen, expected);
+        }
+
+        // And a BitNet 5.
+        let mut text = bare("BitNetForCausalLM");
+        assert!(parse(&text).unwrap_err().to_string().contains("= 5"));
+        text["num_attention_heads"] = 10.into();
+        let (bitnet, _) = parse(&text).unwrap();
+        let expected = ModelConfig {
+            num_attention_heads: 10,
+            num_key_value_heads: 5,
+            head_dim: 8,
+            rope_theta: 500_000.0,
+            rms_norm_eps: 1e-5,
+            hidden_act: Activation::Relu2,
+            sub_norm: true,
+            bos_token_id: Some(128_000),
+            eos_token_ids: vec![128_001],
+            ..llama
+        };
+        assert_eq!(bitnet, expected);
+    }
+
+    #[test]
+    fn options_that_no_architecture_has_together_are_refused() {
+        let (config, _) = parse(&bare("LlamaForCausalLM")).unwrap();
+        for (sub_norm, qkv_bias, qk_norm) in
+            [(true, true, false), (true, false, true), (false, true, true), (true, true, true)]
+        {
+            let both = ModelConfig { sub_norm, qkv_bias, qk_norm, ..config.clone() };
+            assert!(matches!(both.validate(), Err(ConfigError::Together { .. })));
+        }
+    }
+
+    #[test]
+    fn dense_modules_are_full_names_in_order() {
+        let (config, _) = parse(&small()).unwrap();
+        let check = |names: &[&str]| {
+            let modules_to_not_convert = names.iter().map(|name| (*name).to_owned()).collect();
+            ModelConfig { modules_to_not_convert, ..config.clone() }.validate()
+        };
+        check(&["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]).unwrap();
+        for names in [
+            ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"].as_slice(),
+            &["model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"],
+            &["model.layers.2.mlp.up_proj"],
+            &["model.layers.01.mlp.up_proj"],
+            &["model.layers.+1.mlp.up_proj"],
+            &["model.layers.1.mlp"],
+            &["mlp.up_proj"],
+            &["lm_head"],
+            &[""],
+        ] {
+            let error = check(names).unwrap_err();
+            assert!(
+                matches!(&error, ConfigError::Module { name } if *name == names[names.len() - 1]),
+                "{error}"
+            );
+        }
     }
 
     #[test]
@@ -417,6 +428,10 @@ mod tests {
         for rope in [
             json!({"rope_theta": 1234.0}),
             json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1234.0}}),
+            json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1234.0}, "rope_theta": 5.0}),
+            json!({"rope_parameters": {"rope_type": "default"}, "rope_theta": 1234.0}),
+            json!({"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "default", "rope_theta": 1234.0}}),
+            json!({"rope_parameters": {"rope_theta": 1234.0}, "rope_scaling": {}}),
         ] {
             assert_eq!(parse(&with(rope)).unwrap().0.rope_theta, 1234.0);
         }
@@ -451,14 +466,21 @@ mod tests {
 
     #[test]
     fn what_it_writes_it_reads() {
-        for sub_norm in [true, false] {
+        for on in 0..4 {
             for quantized in [true, false] {
                 let (mut config, _) = parse(&small()).unwrap();
-                (config.sub_norm, config.quantized) = (sub_norm, quantized);
+                (config.sub_norm, config.qkv_bias, config.qk_norm) = (on == 1, on == 2, on == 3);
+                config.quantized = quantized;
+                if quantized {
+                    config.modules_to_not_convert = vec!["model.layers.1.mlp.up_proj".into()];
+                }
                 (config.bos_token_id, config.eos_token_ids) = (Some(3), vec![5, 6]);
                 let (read, storage) = parse(&config.to_json()).unwrap();
                 assert_eq!(read, config);
                 assert_eq!(storage, if quantized { Storage::PackedMultiply } else { Storage::Dense });
+                (config.bos_token_id, config.eos_token_ids) = (None, vec![]);
+                config.modules_to_not_convert.clear();
+                assert_eq!(parse(&config.to_json()).unwrap().0, config);
             }
         }
         assert_eq!(parse(&small()).unwrap().0.to_json()["rms_norm_eps"].as_f64(), Some(1e-5));
@@ -469,7 +491,15 @@ mod tests {
         for (change, name) in [
             (json!({"architectures": ["MistralForCausalLM"]}), "MistralForCausalLM"),
             (json!({"architectures": null}), "architectures"),
+            (json!({"model_type": "llama"}), "model_type"),
             (json!({"attention_bias": true}), "attention_bias"),
+            (json!({"mlp_bias": true}), "mlp_bias"),
+            (json!({"use_sliding_window": true}), "use_sliding_window"),
+            (json!({"layer_types": ["full_attention", "chunked_attention"]}), "layer_types"),
+            (
+                json!({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}),
+                "rope_parameters.full_attention",
+            ),
             (json!({"hidden_act": "gelu"}), "hidden_act"),
             (json!({"rope_scaling": {"type": "linear", "factor": 2.0}}), "rope_scaling.type"),
             (json!({"rope_parameters": {"rope_type": "llama3"}}), "rope_parameters.rope_type"),

@@ -3,6 +3,7 @@
 //! What would change the arithmetic and is not implemented is refused by name; a key that cannot change it is ignored.
 //! So a model that loads computes what its authors meant.
 
+mod architecture;
 mod json;
 mod keys;
 mod modules;

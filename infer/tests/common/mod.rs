@@ -1,6 +1,8 @@
 //! Small random models, and a tokenizer to go with them.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod files;
+
 use std::path::Path;
 
 use bitlinear::math::Activation;
@@ -35,9 +37,33 @@ pub fn config() -> ModelConfig {
     }
 }
 
-/// Every combination of the options.
+/// A Qwen2, and a Qwen3 whose heads are wider together than the residual stream.
+pub fn qwens() -> [ModelConfig; 2] {
+    let plain = ModelConfig { sub_norm: false, tie_word_embeddings: false, ..config() };
+    [ModelConfig { qkv_bias: true, ..plain.clone() }, ModelConfig { qk_norm: true, head_dim: 16, ..plain }]
+}
+
+/// The same model with some projections dense: alone, beside ternary ones of the same input, and all of one input.
+pub fn mixed(config: ModelConfig) -> ModelConfig {
+    let names = [
+        "model.layers.0.mlp.down_proj",
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.self_attn.k_proj",
+        "model.layers.1.mlp.gate_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1.self_attn.q_proj",
+    ];
+    ModelConfig { modules_to_not_convert: names.map(str::to_owned).to_vec(), ..config }
+}
+
+/// Every combination of the options of BitNet and Llama, the Qwens, and each of these with some projections dense.
 pub fn variants() -> Vec<ModelConfig> {
     let mut all = Vec::new();
+    let llama = ModelConfig { sub_norm: false, ..config() };
+    for ternary in qwens().into_iter().chain([config(), llama]) {
+        all.extend([mixed(ternary.clone()), ModelConfig { quantized: false, ..ternary.clone() }, ternary]);
+    }
     for bits in 0..16 {
         for num_key_value_heads in [1, 2, 4] {
             all.push(ModelConfig {
@@ -70,26 +96,34 @@ pub fn values(rng: &mut ChaCha8Rng, len: usize, mean: f32, deviation: f32) -> Ve
 /// A model with random weights, whose projections come from [`latents`] of the same seed.
 pub fn model(config: &ModelConfig, seed: u64) -> Model {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut biases_rng = ChaCha8Rng::seed_from_u64(seed ^ 0xb1a5);
     let mut norm = |width| F32Data::from(values(&mut rng, width, 1.0, 0.2));
     let layers = latents(config, seed)
         .into_iter()
-        .map(|latents| {
+        .enumerate()
+        .map(|(index, latents)| {
             let mut projections =
-                latents.into_iter().zip(config.projections()).map(|(latent, (_, out, columns))| {
-                    if config.quantized {
+                latents.into_iter().zip(config.projections()).map(|(latent, (name, out, columns))| {
+                    if config.is_ternary(&format!("model.layers.{index}.{name}")) {
                         Projection::Ternary(TernaryWeight::from_latent(&latent, out, columns).unwrap())
                     } else {
                         Projection::Dense(latent.into())
                     }
                 });
             let mut next = || projections.next().unwrap();
+            let qkv = [next(), next(), next()];
+            let qkv_bias = config.qkv_bias.then(|| {
+                let widths = [config.attention_width(), config.kv_width(), config.kv_width()];
+                [0, 1, 2].map(|i| bias(&mut biases_rng, &qkv[i], widths[i]))
+            });
+            let [q_proj, k_proj, v_proj] = qkv;
             Layer {
                 input_layernorm: norm(config.hidden_size),
-                qkv_bias: None,
-                qk_norm: None,
-                q_proj: next(),
-                k_proj: next(),
-                v_proj: next(),
+                qkv_bias,
+                qk_norm: config.qk_norm.then(|| [norm(config.head_dim), norm(config.head_dim)]),
+                q_proj,
+                k_proj,
+                v_proj,
                 o_proj: next(),
                 attn_sub_norm: config.sub_norm.then(|| norm(config.hidden_size)),
                 post_attention_layernorm: norm(config.hidden_size),
@@ -105,6 +139,16 @@ pub fn model(config: &ModelConfig, seed: u64) -> Model {
     let embed_tokens = table();
     let lm_head = (!config.tie_word_embeddings).then(table);
     Model::new(config.clone(), Weights { embed_tokens, layers, norm, lm_head }).unwrap()
+}
+
+/// A bias that a checkpoint can hold to the last bit: beside packed codes it is stored divided by their scale.
+fn bias(rng: &mut ChaCha8Rng, projection: &Projection, width: usize) -> F32Data {
+    let scale = match projection {
+        Projection::Ternary(weight) => weight.weight_scale(),
+        Projection::Dense(_) => 1.0,
+    };
+    let stored = values(rng, width, 0.0, 0.5 / scale);
+    stored.into_iter().map(|value| value * scale).collect::<Vec<_>>().into()
 }
 
 /// Random token ids.
