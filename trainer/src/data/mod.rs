@@ -6,14 +6,16 @@
 //! Text formats: `.txt`, `.jsonl`, folders of these. Token files (`.u16`, `.u32`, little-endian) are mapped as they are
 //! and must not be changed during a run.
 
+mod batch;
 mod cache;
 mod encode;
 mod error;
-mod source;
+pub(crate) mod source;
 mod tokenizer;
 mod tokens;
 mod windows;
 
+pub use batch::{Batch, Reduction};
 pub use error::DataError;
 pub use source::{DocumentSplit, Width, is_token_file};
 pub use tokenizer::{END_OF_TEXT, end_of_text_id, token_byte_table, token_bytes, vocabulary_size};

@@ -203,6 +203,29 @@ fn split_blank_lines(text: &str, documents: &mut Vec<String>) {
 }
 
 fn read_json_lines(path: &Path, field: &str, documents: &mut Vec<String>) -> Result<(), DataError> {
+    for_each_line(path, |line, text| {
+        let document = parse_field(text, field)
+            .map_err(|source| DataError::BadJson { path: path.to_path_buf(), line, source })?
+            .ok_or_else(|| DataError::MissingField {
+                path: path.to_path_buf(),
+                line,
+                field: field.to_owned(),
+            })?;
+        if !document.is_empty() {
+            documents.push(document);
+        }
+        Ok(())
+    })
+}
+
+/// Calls `each(number, text)` for the lines of a file that are not blank; numbers count from 1, blank lines too.
+///
+/// # Errors
+/// `Io`, `NotUtf8`, `LineTooLong` beyond 64 MiB, or what `each` returns first.
+pub(crate) fn for_each_line<E: From<DataError>>(
+    path: &Path,
+    mut each: impl FnMut(u64, &str) -> Result<(), E>,
+) -> Result<(), E> {
     let mut reader = BufReader::new(File::open(path).map_err(DataError::io("open", path))?);
     let (mut buffer, mut offset) = (Vec::new(), 0);
     for line in 1.. {
@@ -215,7 +238,7 @@ fn read_json_lines(path: &Path, field: &str, documents: &mut Vec<String>) -> Res
             break;
         }
         if length as u64 > MAX_LINE {
-            return Err(DataError::LineTooLong { path: path.to_path_buf(), line, limit: MAX_LINE });
+            return Err(DataError::LineTooLong { path: path.to_path_buf(), line, limit: MAX_LINE }.into());
         }
         let text = std::str::from_utf8(&buffer).map_err(|error| DataError::NotUtf8 {
             path: path.to_path_buf(),
@@ -223,18 +246,8 @@ fn read_json_lines(path: &Path, field: &str, documents: &mut Vec<String>) -> Res
         })?;
         offset += length as u64;
         let text = if line == 1 { text.trim_start_matches('\u{feff}') } else { text };
-        if text.trim().is_empty() {
-            continue;
-        }
-        let document = parse_field(text, field)
-            .map_err(|source| DataError::BadJson { path: path.to_path_buf(), line, source })?
-            .ok_or_else(|| DataError::MissingField {
-                path: path.to_path_buf(),
-                line,
-                field: field.to_owned(),
-            })?;
-        if !document.is_empty() {
-            documents.push(document);
+        if !text.trim().is_empty() {
+            each(line, text)?;
         }
     }
     Ok(())

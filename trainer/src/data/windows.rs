@@ -70,9 +70,7 @@ impl Windows {
     /// At most `limit` windows (0: all), spread evenly over the split, in order, the same at every call:
     /// `i * count / limit`.
     pub fn evaluation(&self, limit: u64) -> Vec<u64> {
-        let count = self.count();
-        let limit = if limit == 0 { count } else { limit.min(count) };
-        (0..limit).map(|i| (u128::from(i) * u128::from(count) / u128::from(limit)) as u64).collect()
+        spread(self.count(), limit)
     }
 
     /// The tokens that window `index` reads, `T + 1` of them.
@@ -80,6 +78,12 @@ impl Windows {
         let start = index as usize * self.sequence_length;
         start..start + self.sequence_length + 1
     }
+}
+
+/// At most `limit` (0: all) of `count` indices, `i * count / limit`.
+pub(super) fn spread(count: u64, limit: u64) -> Vec<u64> {
+    let limit = if limit == 0 { count } else { limit.min(count) };
+    (0..limit).map(|i| (u128::from(i) * u128::from(count) / u128::from(limit)) as u64).collect()
 }
 
 /// Refuses a sequence length outside `1..=2^24`, before any text is read.
