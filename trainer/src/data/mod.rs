@@ -5,9 +5,12 @@
 //!
 //! Text formats: `.txt`, `.jsonl`, folders of these. Token files (`.u16`, `.u32`, little-endian) are mapped as they are
 //! and must not be changed during a run.
+//!
+//! Conversations for fine-tuning are a kind of their own: [`chat`].
 
 mod batch;
 mod cache;
+pub mod chat;
 mod encode;
 mod error;
 pub(crate) mod source;
