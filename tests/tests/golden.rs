@@ -6,10 +6,12 @@ use bitlinear::math::Activation;
 use bitlinear::quant;
 use infer::config::ModelConfig;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use trainer::decoder::{Decoder, StepWeights};
+use trainer::data::Batch;
+use trainer::decoder::{Decoder, Lesson, StepWeights};
 use trainer::model::Model;
 use trainer::optimizer::{AdamW, AdamWConfig, Gradients};
 use trainer::parameters::Parameters;
+use trainer::schedule::Shares;
 
 /// Largest difference of a loss, in nats.
 const LOSS: f64 = 1e-5;
@@ -191,6 +193,16 @@ fn weights_quantize_as_in_pytorch() {
     }
 }
 
+impl Golden {
+    /// The file's batch.
+    fn batch(&self) -> Batch {
+        let ids = self.ids("ids");
+        let length = self.setting("max_position_embeddings");
+        let sequences = vec![length; ids.len() / length];
+        Batch { targets: self.ids("targets"), weights: None, sequences, ids }
+    }
+}
+
 /// Loss and gradients of the file's batch.
 fn loss_and_gradients(
     golden: &Golden,
@@ -198,9 +210,8 @@ fn loss_and_gradients(
     parameters: &Parameters,
     lambda: f32,
 ) -> (f64, Gradients) {
-    let (ids, targets) = (golden.ids("ids"), golden.ids("targets"));
-    let length = golden.setting("max_position_embeddings");
-    let loss = model.loss(parameters, &ids, &targets, length, lambda).unwrap();
+    let shares = Shares { quantization: lambda, sub_norm: 1.0 };
+    let loss = model.loss(parameters, &golden.batch(), shares).unwrap();
     let mut gradients = Gradients::new(parameters);
     gradients.add(parameters, loss.backward().unwrap()).unwrap();
     (loss.to_scalar::<f32>().unwrap().into(), gradients)
@@ -272,11 +283,10 @@ fn the_fast_step_has_the_loss_and_the_directions_of_pytorch() {
         let golden = Golden::open(file);
         let (parameters, config) = (golden.initial(), golden.config());
         let values = parameters.values().unwrap();
-        let weights = StepWeights::new(&config, &values, 1.0).unwrap();
+        let weights = StepWeights::new(&config, &values, Shares::FULL).unwrap();
         let mut decoder = Decoder::new(config, golden.setting("max_position_embeddings"), false);
         let mut gradients = Gradients::new(&parameters);
-        let (ids, targets) = (golden.ids("ids"), golden.ids("targets"));
-        let loss = decoder.step(&weights, &ids, &targets, 1.0, &mut gradients).unwrap();
+        let loss = decoder.step(&weights, &golden.batch(), &Lesson::TEXT, 1.0, &mut gradients).unwrap().total;
         let expected = golden.values("losses")[0];
         assert!((loss - expected).abs() < 2e-3, "{file}: loss {loss}, PyTorch {expected}");
         for (name, _) in parameters.iter() {

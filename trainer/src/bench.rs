@@ -85,13 +85,17 @@ pub fn run(config: &Config, shape: &ModelConfig, repetitions: usize) -> Result<B
     let mut learner = Learner::fresh(config, shape.clone())?;
     let mut sampler = Sampler::new(config.run.seed, 0);
     let tokens = config.tokens_per_step();
-    let (mut rates, mut times) = (Vec::new(), Vec::new());
+    let (mut rates, mut times, mut data) = (Vec::new(), Vec::new(), Vec::new());
     for at in 0..WARM_UP + repetitions as u64 {
         let start = Instant::now();
-        learner.step(config, at, || {
-            windows.batch(&sampler.next_batch(windows.count(), config.train.batch_size))
-        })?;
+        let micro_batches = 0..config.train.gradient_accumulation;
+        let batches: Vec<_> = micro_batches
+            .map(|_| windows.whole_batch(&sampler.next_batch(windows.count(), config.train.batch_size)))
+            .collect();
+        let gathered = start.elapsed();
+        learner.step(config, at, &batches)?;
         if at >= WARM_UP {
+            data.push(gathered.as_secs_f64());
             rates.push(tokens as f64 / start.elapsed().as_secs_f64());
             times.push(learner.times());
         }
@@ -100,7 +104,7 @@ pub fn run(config: &Config, shape: &ModelConfig, repetitions: usize) -> Result<B
     Ok(BenchReport {
         tokens,
         tokens_per_second: Spread::of(rates),
-        parts: parts(&times),
+        parts: parts(data, &times),
         operations: operations(config, shape),
         peak: [ternary_peak()?, dense_peak(config)],
         peak_memory,
@@ -117,12 +121,12 @@ fn random_windows(config: &Config, vocab_size: usize) -> Result<Windows, DataErr
 }
 
 /// Medians of each part.
-fn parts(times: &[StepTimes]) -> Vec<(&'static str, f64)> {
+fn parts(data: Vec<f64>, times: &[StepTimes]) -> Vec<(&'static str, f64)> {
     let median = |part: fn(&StepTimes) -> Duration| {
         Spread::of(times.iter().map(|times| part(times).as_secs_f64()).collect()).median
     };
     vec![
-        ("data", median(|times| times.data)),
+        ("data", Spread::of(data).median),
         ("weights", median(|times| times.weights)),
         ("forward", median(|times| times.decoder.forward)),
         ("head", median(|times| times.decoder.head)),

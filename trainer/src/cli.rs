@@ -12,8 +12,10 @@ use serde_json::json;
 use crate::config::{Config, DataSource, Precision, TokenizerConfig};
 use crate::data::{self, DataSettings, Dataset, DocumentSplit, Source, TokenizerChoice};
 use crate::export::{self, ExportError, Which};
+use crate::import;
 use crate::interrupt::Interrupt;
 use crate::memory::Estimate;
+use crate::report::Report;
 use crate::run_dir::{RunPaths, write_atomic};
 use crate::runtime::{RuntimeError, runnable};
 use crate::train::{Outcome, Resume, Session, TrainError, prepare_data};
@@ -207,6 +209,7 @@ fn train(args: &TrainArgs) -> anyhow::Result<ExitCode> {
         (None, Resume::Auto | Resume::Never) => config.run.out,
     };
     use_threads(config.run.threads)?;
+    import::complete(&mut config)?;
     let dataset = prepare_data(&config)?;
     describe(&config, &dataset)?;
     if args.dry_run {
@@ -300,6 +303,11 @@ fn finish(config: &Config, dataset: &Dataset) -> anyhow::Result<()> {
                 "the context is too short to judge whole stories; raise data.sequence_length\n"
             )?,
         }
+    }
+    if let Some(folder) = &config.init.from {
+        let report = Report::new(&import::read(Path::new(folder))?, &trained, dataset)?;
+        write_atomic(&run.join("report.json"), &serde_json::to_vec_pretty(&report)?)?;
+        writeln!(text, "\n{report}\n")?;
     }
     let prompt = config.sample.prompts.iter().find(|prompt| !prompt.is_empty());
     write!(

@@ -33,9 +33,15 @@ pub struct TrainRecord {
     pub tokens: u64,
     /// Passes over the training data.
     pub epoch: f64,
-    /// Mean loss over the step's micro-batches, nats a token.
+    /// Mean cross-entropy over the step's micro-batches, nats a token.
     pub loss: f64,
-    /// The same in bits a byte of text, by the mean length of a token.
+    /// Mean divergence from the teacher's distributions, nats a token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub divergence: Option<f64>,
+    /// Mean divergence from the teacher's relations, nats a token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relations: Option<f64>,
+    /// The loss in bits a byte of text, by the mean length of a token.
     pub bits_per_byte: Option<f64>,
     /// Learning rate.
     pub learning_rate: f64,

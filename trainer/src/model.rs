@@ -10,7 +10,9 @@ use bitlinear::math::RopeTable;
 use candle_core::{Device, Result, Tensor};
 use infer::config::ModelConfig;
 
+use crate::data::Batch;
 use crate::parameters::Parameters;
+use crate::schedule::Shares;
 
 /// A view of parameters as a model.
 #[derive(Debug, Clone)]
@@ -31,29 +33,25 @@ impl Model {
         &self.config
     }
 
-    /// Hidden states after the last norm for whole sequences of tokens, with a share `lambda` of quantization
-    /// (ignored by a full-precision model).
+    /// Hidden states after the last norm for sequences of these lengths, with shares of quantization (ignored by a
+    /// full-precision model) and of sub-norms.
     ///
     /// # Shapes
-    /// `ids [sequences * sequence_length] -> [sequences * sequence_length, hidden_size]`
+    /// `ids [tokens] -> [tokens, hidden_size]`
     ///
     /// # Errors
-    /// The number of ids is not a multiple of `sequence_length`, or an id is not in the vocabulary.
+    /// The lengths do not add up to the number of ids, or an id is not in the vocabulary.
     pub fn hidden(
         &self,
         parameters: &Weights<'_>,
         ids: &[u32],
-        sequence_length: usize,
-        lambda: f32,
+        sequences: &[usize],
+        shares: Shares,
     ) -> Result<Tensor> {
         let config = &self.config;
-        let lambda = if config.quantized { lambda } else { 0.0 };
         let eps = config.rms_norm_eps;
-        // Attention refuses lengths that do not add up to the ids, and the one of 0 that is left of no length.
-        let count = ids.len().checked_div(sequence_length).unwrap_or(1);
-        let sequences = vec![sequence_length; count];
         let heads = Heads {
-            sequences,
+            sequences: sequences.to_vec(),
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
@@ -64,17 +62,35 @@ impl Model {
         for layer in 0..config.num_hidden_layers {
             let get = |name: &str| parameters.get(&format!("model.layers.{layer}.{name}"));
             let norm = |x: &Tensor, name: &str| autograd::rms_norm(x, &get(name)?, eps);
-            let linear = |x: &Tensor, name: &str| autograd::bit_linear(x, &get(name)?, lambda);
+            let sub_norm = |x: &Tensor, name: &str| match shares.sub_norm {
+                1.0 => norm(x, name),
+                share => x + ((norm(x, name)? - x)? * f64::from(share))?,
+            };
+            let linear = |x: &Tensor, name: &str| {
+                let ternary = config.is_ternary(&format!("model.layers.{layer}.{name}"));
+                autograd::bit_linear(x, &get(name)?, if ternary { shares.quantization } else { 0.0 })
+            };
+            let head_norm = |x: Tensor, name: &str| match config.qk_norm {
+                true => norm(&x.reshape(((), config.head_dim))?, name)?.reshape(x.shape()),
+                false => Ok(x),
+            };
+            let biased = |x: Tensor, part: &str| match config.qkv_bias {
+                true => {
+                    let name = format!("model.layers.{layer}.self_attn.{part}_proj.bias");
+                    x.broadcast_add(&parameters.tensor(&name))
+                }
+                false => Ok(x),
+            };
 
             let h = norm(&x, "input_layernorm")?;
             let (q, k, v) = (
-                linear(&h, "self_attn.q_proj")?,
-                linear(&h, "self_attn.k_proj")?,
-                linear(&h, "self_attn.v_proj")?,
+                head_norm(biased(linear(&h, "self_attn.q_proj")?, "q")?, "self_attn.q_norm")?,
+                head_norm(biased(linear(&h, "self_attn.k_proj")?, "k")?, "self_attn.k_norm")?,
+                biased(linear(&h, "self_attn.v_proj")?, "v")?,
             );
             let mut a = autograd::attention(&q, &k, &v, &heads)?;
             if config.sub_norm {
-                a = norm(&a, "self_attn.attn_sub_norm")?;
+                a = sub_norm(&a, "self_attn.attn_sub_norm")?;
             }
             x = (x + linear(&a, "self_attn.o_proj")?)?;
 
@@ -82,44 +98,31 @@ impl Model {
             let (gate, up) = (linear(&h, "mlp.gate_proj")?, linear(&h, "mlp.up_proj")?);
             let mut m = autograd::gated(&gate, &up, config.hidden_act)?;
             if config.sub_norm {
-                m = norm(&m, "mlp.ffn_sub_norm")?;
+                m = sub_norm(&m, "mlp.ffn_sub_norm")?;
             }
             x = (x + linear(&m, "mlp.down_proj")?)?;
         }
         autograd::rms_norm(&x, &parameters.get("model.norm")?, eps)
     }
 
-    /// Mean cross-entropy of the targets, in nats a token, with a gradient for each trainable parameter.
+    /// Mean cross-entropy of all targets, whatever their weight, in nats a token, with a gradient for each trainable parameter.
     ///
     /// # Errors
     /// As [`Model::hidden`]; a target is not in the vocabulary.
-    pub fn loss(
-        &self,
-        parameters: &Parameters,
-        ids: &[u32],
-        targets: &[u32],
-        sequence_length: usize,
-        lambda: f32,
-    ) -> Result<Tensor> {
+    pub fn loss(&self, parameters: &Parameters, batch: &Batch, shares: Shares) -> Result<Tensor> {
         let weights = Weights::trained(parameters);
-        let hidden = self.hidden(&weights, ids, sequence_length, lambda)?;
-        autograd::head_cross_entropy(&hidden, &self.head(&weights)?, targets.into())
+        let hidden = self.hidden(&weights, &batch.ids, &batch.sequences, shares)?;
+        autograd::head_cross_entropy(&hidden, &self.head(&weights)?, batch.targets.as_slice().into())
     }
 
     /// Cross-entropy of each target, in nats, fully quantized and without a graph.
     ///
     /// # Errors
     /// As [`Model::loss`].
-    pub fn losses(
-        &self,
-        parameters: &Parameters,
-        ids: &[u32],
-        targets: &[u32],
-        sequence_length: usize,
-    ) -> Result<Vec<f32>> {
+    pub fn losses(&self, parameters: &Parameters, batch: &Batch) -> Result<Vec<f32>> {
         let weights = Weights::fixed(parameters);
-        let hidden = self.hidden(&weights, ids, sequence_length, 1.0)?;
-        autograd::head_loss(&hidden, &self.head(&weights)?, targets)
+        let hidden = self.hidden(&weights, &batch.ids, &batch.sequences, Shares::FULL)?;
+        autograd::head_loss(&hidden, &self.head(&weights)?, &batch.targets)
     }
 
     /// Logits `[ids, vocab_size]` of one sequence, fully quantized and without a graph.
@@ -128,7 +131,7 @@ impl Model {
     /// As [`Model::hidden`].
     pub fn logits(&self, parameters: &Parameters, ids: &[u32]) -> Result<Tensor> {
         let weights = Weights::fixed(parameters);
-        let hidden = self.hidden(&weights, ids, ids.len(), 1.0)?;
+        let hidden = self.hidden(&weights, ids, &[ids.len()], Shares::FULL)?;
         hidden.matmul(&self.head(&weights)?.t()?)
     }
 
@@ -156,7 +159,11 @@ impl<'a> Weights<'a> {
     }
 
     fn get(&self, module: &str) -> Result<Tensor> {
-        let tensor = self.parameters.tensor(&format!("{module}.weight"));
-        Ok(if self.trained { tensor.clone() } else { tensor.detach() })
+        Ok(self.tensor(&format!("{module}.weight")))
+    }
+
+    fn tensor(&self, name: &str) -> Tensor {
+        let tensor = self.parameters.tensor(name);
+        if self.trained { tensor.clone() } else { tensor.detach() }
     }
 }

@@ -21,6 +21,8 @@ pub enum Role {
     ResidualProjection,
     /// Gain of a norm.
     Norm,
+    /// Bias of a projection.
+    Bias,
 }
 
 impl Role {
@@ -90,6 +92,11 @@ fn layout(config: &ModelConfig) -> BTreeMap<String, (Role, Vec<usize>)> {
     }
     add("model.norm.weight".into(), Role::Norm, &[hidden]);
     for layer in 0..config.num_hidden_layers {
+        if config.qkv_bias {
+            for (part, width) in [("q", queries), ("k", keys), ("v", keys)] {
+                add(format!("model.layers.{layer}.self_attn.{part}_proj.bias"), Role::Bias, &[width]);
+            }
+        }
         let mut add = |name: &str, role, shape: &[usize]| {
             add(format!("model.layers.{layer}.{name}.weight"), role, shape);
         };
@@ -106,12 +113,16 @@ fn layout(config: &ModelConfig) -> BTreeMap<String, (Role, Vec<usize>)> {
             add("self_attn.attn_sub_norm", Role::Norm, &[queries]);
             add("mlp.ffn_sub_norm", Role::Norm, &[ffn]);
         }
+        if config.qk_norm {
+            add("self_attn.q_norm", Role::Norm, &[config.head_dim]);
+            add("self_attn.k_norm", Role::Norm, &[config.head_dim]);
+        }
     }
     tensors
 }
 
 impl Parameters {
-    /// Fresh parameters: norms 1, matrices normal with standard deviation `initializer_range`, those that write to the
+    /// Fresh parameters: norms 1, biases 0, matrices normal with standard deviation `initializer_range`, those that write to the
     /// residual stream divided by `sqrt(2 * layers)` (GPT-2).
     ///
     /// # Errors
@@ -122,11 +133,12 @@ impl Parameters {
         for (stream, (name, (role, shape))) in layout(config).into_iter().enumerate() {
             let count = shape.iter().product();
             let std = match role {
-                Role::Norm => None,
+                Role::Norm | Role::Bias => None,
                 Role::ResidualProjection => Some(residual as f32),
                 Role::Embedding | Role::Projection => Some(initializer_range as f32),
             };
             let values: Vec<f32> = match std {
+                None if role == Role::Bias => vec![0.0; count],
                 None => vec![1.0; count],
                 Some(std) => {
                     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -138,6 +150,30 @@ impl Parameters {
             parameters.insert(name, Parameter { role, value });
         }
         Ok(Self(parameters))
+    }
+
+    /// Parameters with these values, by name; what is not there (the gain of a norm that is put in) is 1.
+    ///
+    /// # Errors
+    /// A tensor has no place in the model, or another shape.
+    pub fn from_values(
+        config: &ModelConfig,
+        mut values: BTreeMap<String, Vec<f32>>,
+    ) -> Result<Self, ParameterError> {
+        let mut parameters = BTreeMap::new();
+        for (name, (role, shape)) in layout(config) {
+            let count: usize = shape.iter().product();
+            let found = values.remove(&name).unwrap_or_else(|| vec![1.0; count]);
+            if found.len() != count {
+                let found = format!("F32 [{}]", found.len());
+                return Err(ParameterError::Shape { name, expected: shape, found });
+            }
+            parameters.insert(name, Parameter { role, value: Var::from_vec(found, shape, &Device::Cpu)? });
+        }
+        match values.into_keys().next() {
+            Some(name) => Err(ParameterError::Unexpected(name)),
+            None => Ok(Self(parameters)),
+        }
     }
 
     /// Parameters out of the bytes of a safetensors file that a checkpoint wrote.
@@ -170,6 +206,17 @@ impl Parameters {
     /// If the model has no such tensor.
     pub fn tensor(&self, name: &str) -> &Tensor {
         self.0[name].value.as_tensor()
+    }
+
+    /// Gives a tensor other values.
+    ///
+    /// # Errors
+    /// They have another shape.
+    ///
+    /// # Panics
+    /// As [`Parameters::tensor`].
+    pub fn set(&self, name: &str, values: &Tensor) -> candle_core::Result<()> {
+        self.0[name].value.set(values)
     }
 
     /// All values as slices, which cannot change meanwhile.

@@ -57,7 +57,7 @@ pub fn model_config(
     separator: Option<u32>,
 ) -> Result<ModelConfig, infer::config::ConfigError> {
     let model = &config.model;
-    let shape = ModelConfig {
+    let mut shape = ModelConfig {
         hidden_size: model.hidden_size,
         intermediate_size: model.intermediate_size,
         num_hidden_layers: model.num_hidden_layers,
@@ -74,15 +74,57 @@ pub fn model_config(
             HiddenAct::Relu2 => Activation::Relu2,
         },
         sub_norm: model.sub_norm,
-        qkv_bias: false,
-        qk_norm: false,
+        qkv_bias: model.qkv_bias,
+        qk_norm: model.qk_norm,
         modules_to_not_convert: Vec::new(),
         quantized: model.quantization == Quantization::Bitnet,
-        bos_token_id: separator,
-        eos_token_ids: separator.into_iter().collect(),
+        bos_token_id: model.bos_token_id.or(separator),
+        eos_token_ids: match model.eos_token_ids.as_slice() {
+            [] => separator.into_iter().collect(),
+            ids => ids.to_vec(),
+        },
     };
+    if shape.quantized {
+        shape.modules_to_not_convert = skipped(&shape, &config.quantization.skip)?;
+    }
     shape.validate()?;
     Ok(shape)
+}
+
+/// The projections that one of the patterns names, in the order of names.
+///
+/// # Errors
+/// A pattern names none.
+fn skipped(shape: &ModelConfig, patterns: &[String]) -> Result<Vec<String>, infer::config::ConfigError> {
+    let layers = 0..shape.num_hidden_layers;
+    let modules: Vec<String> = layers
+        .flat_map(|layer| shape.projections().map(|(name, ..)| format!("model.layers.{layer}.{name}")))
+        .collect();
+    if let Some(pattern) = patterns.iter().find(|p| !modules.iter().any(|module| matches(p, module))) {
+        return Err(infer::config::ConfigError::Unsupported {
+            key: "quantization.skip".into(),
+            found: format!("{pattern:?}, which names no projection"),
+            supported: "names such as \"model.layers.0.mlp.down_proj\", with * for any part",
+        });
+    }
+    let mut skipped: Vec<_> =
+        modules.into_iter().filter(|module| patterns.iter().any(|p| matches(p, module))).collect();
+    skipped.sort_unstable();
+    Ok(skipped)
+}
+
+/// Whether a name is `pattern`, in which each `*` stands for any text.
+fn matches(pattern: &str, name: &str) -> bool {
+    let Some((start, rest)) = pattern.split_once('*') else { return pattern == name };
+    let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
+    let inner = name.strip_prefix(start).and_then(|name| name.strip_suffix(end));
+    // Each part between two stars at its first place: a later one would leave less for those behind it.
+    inner.is_some_and(|inner| {
+        middle
+            .split('*')
+            .try_fold(inner, |rest, part| rest.find(part).map(|at| &rest[at + part.len()..]))
+            .is_some()
+    })
 }
 
 /// The runnable model of parameters: latent weights ternarized and packed, or copied for a full-precision model.
@@ -90,18 +132,20 @@ pub fn model_config(
 /// # Errors
 /// A weight is not finite.
 pub fn runnable(config: &ModelConfig, parameters: &Parameters) -> Result<infer::Model, RuntimeError> {
-    let vector = |name: &str| -> Result<F32Data, RuntimeError> {
-        Ok(parameters.tensor(&format!("{name}.weight")).flatten_all()?.to_vec1::<f32>()?.into())
+    let values = |name: &str| -> Result<F32Data, RuntimeError> {
+        Ok(parameters.tensor(name).flatten_all()?.to_vec1::<f32>()?.into())
     };
+    let vector = |name: &str| values(&format!("{name}.weight"));
     let mut layers = Vec::with_capacity(config.num_hidden_layers);
     for layer in 0..config.num_hidden_layers {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let norm = |part: &str| vector(&name(part));
         let sub_norm = |part: &str| if config.sub_norm { norm(part).map(Some) } else { Ok(None) };
+        let bias = |part: &str| values(&name(&format!("self_attn.{part}_proj.bias")));
         let linear = |part: &str| -> Result<Projection, RuntimeError> {
             let name = name(part);
             let values = vector(&name)?;
-            if !config.quantized {
+            if !config.is_ternary(&name) {
                 return Ok(Projection::Dense(values));
             }
             let (out, columns) = parameters.tensor(&format!("{name}.weight")).dims2()?;
@@ -110,8 +154,14 @@ pub fn runnable(config: &ModelConfig, parameters: &Parameters) -> Result<infer::
         };
         layers.push(Layer {
             input_layernorm: norm("input_layernorm")?,
-            qkv_bias: None,
-            qk_norm: None,
+            qkv_bias: match config.qkv_bias {
+                true => Some([bias("q")?, bias("k")?, bias("v")?]),
+                false => None,
+            },
+            qk_norm: match config.qk_norm {
+                true => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
+                false => None,
+            },
             q_proj: linear("self_attn.q_proj")?,
             k_proj: linear("self_attn.k_proj")?,
             v_proj: linear("self_attn.v_proj")?,

@@ -1,5 +1,5 @@
 //! Learning rate, weight decay and share of quantization as pure functions of the step.
-use crate::config::{Config, QuantizationWarmup, ScheduleKind};
+use crate::config::{Config, QuantizationWarmup, ScheduleKind, SubNormStart};
 
 /// The learning rate of a step, counted from 0. Formulas: [`ScheduleConfig`](crate::config::ScheduleConfig) and
 /// [`ScheduleKind`].
@@ -34,6 +34,27 @@ pub fn weight_decay(config: &Config, step: u64) -> f64 {
     }
 }
 
+/// How much of what turns a model into a BitNet is blended in at a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Shares {
+    /// Share of quantization, lambda: `x + lambda (quantize(x) - x)` for weights and activations.
+    pub quantization: f32,
+    /// Share of the sub-norms: `x + share (norm(x) - x)`.
+    pub sub_norm: f32,
+}
+
+impl Shares {
+    /// As a model is evaluated and exported.
+    pub const FULL: Self = Self { quantization: 1.0, sub_norm: 1.0 };
+}
+
+/// The shares of a step, counted from 0: sub-norms that are blended in grow as quantization does.
+pub fn shares(config: &Config, step: u64) -> Shares {
+    let quantization = lambda(config, step);
+    let sub_norm = if config.init.sub_norm == SubNormStart::Blend { quantization } else { 1.0 };
+    Shares { quantization, sub_norm }
+}
+
 /// The share of quantization of a step, counted from 0: 1 from `warmup_fraction` of all steps on.
 pub fn lambda(config: &Config, step: u64) -> f32 {
     let end = config.quantization.warmup_fraction * config.train.steps as f64;
@@ -42,6 +63,7 @@ pub fn lambda(config: &Config, step: u64) -> f32 {
         QuantizationWarmup::None => 1.0,
         QuantizationWarmup::Linear => progress.min(1.0) as f32,
         QuantizationWarmup::Step => f32::from(progress >= 1.0),
+        QuantizationWarmup::Cubic => (1.0 - (1.0 - progress.min(1.0)).powi(3)) as f32,
     }
 }
 

@@ -2,10 +2,12 @@
 use bitlinear::math::Activation;
 use bitlinear::pool::Pool;
 use infer::config::ModelConfig;
-use trainer::decoder::{Decoder, StepWeights};
+use trainer::data::Batch;
+use trainer::decoder::{Decoder, Lesson, StepWeights};
 use trainer::model::Model;
 use trainer::optimizer::Gradients;
 use trainer::parameters::Parameters;
+use trainer::schedule::Shares;
 
 /// Tokens in a sequence: more than one block of queries, and no multiple of it.
 const LENGTH: usize = 90;
@@ -37,9 +39,19 @@ fn config(sub_norm: bool, tied: bool, act: Activation, quantized: bool) -> Model
 }
 
 /// Ids and targets of some sequences, no pattern in them.
-fn tokens(sequences: usize, vocab: u32) -> (Vec<u32>, Vec<u32>) {
+fn tokens(sequences: usize, vocab: u32) -> Batch {
     let id = |at: usize| (at as u32).wrapping_mul(2_654_435_761).rotate_left(11) % vocab;
-    ((0..sequences * LENGTH).map(id).collect(), (0..sequences * LENGTH).map(|at| id(at + 7919)).collect())
+    Batch {
+        ids: (0..sequences * LENGTH).map(id).collect(),
+        targets: (0..sequences * LENGTH).map(|at| id(at + 7919)).collect(),
+        weights: None,
+        sequences: vec![LENGTH; sequences],
+    }
+}
+
+/// The same share of quantization and of sub-norms.
+fn shares(share: f32) -> Shares {
+    Shares { quantization: share, sub_norm: share }
 }
 
 /// Loss and gradients of the fast step.
@@ -48,16 +60,15 @@ fn fast(
     parameters: &Parameters,
     lambda: f32,
     recompute: bool,
-    batches: &[(Vec<u32>, Vec<u32>)],
+    batches: &[Batch],
 ) -> (f64, Vec<(String, Vec<f32>)>) {
     let values = parameters.values().unwrap();
-    let weights = StepWeights::new(config, &values, lambda).unwrap();
+    let weights = StepWeights::new(config, &values, shares(lambda)).unwrap();
     let mut decoder = Decoder::new(config.clone(), LENGTH, recompute);
     let mut gradients = Gradients::new(parameters);
     let share = 1.0 / batches.len() as f64;
-    let step = |(ids, targets): &(Vec<u32>, Vec<u32>)| {
-        decoder.step(&weights, ids, targets, share, &mut gradients).unwrap() * share
-    };
+    let step =
+        |batch: &Batch| decoder.step(&weights, batch, &Lesson::TEXT, share, &mut gradients).unwrap().total;
     let loss = batches.iter().map(step).sum();
     (loss, copies(parameters, &gradients))
 }
@@ -67,10 +78,10 @@ fn graph(
     config: &ModelConfig,
     parameters: &Parameters,
     lambda: f32,
-    (ids, targets): &(Vec<u32>, Vec<u32>),
+    batch: &Batch,
 ) -> (f64, Vec<(String, Vec<f32>)>) {
     let model = Model::new(config.clone(), LENGTH);
-    let loss = model.loss(parameters, ids, targets, LENGTH, lambda).unwrap();
+    let loss = model.loss(parameters, batch, shares(lambda)).unwrap();
     let mut gradients = Gradients::new(parameters);
     gradients.add(parameters, loss.backward().unwrap()).unwrap();
     (f64::from(loss.to_scalar::<f32>().unwrap()), copies(parameters, &gradients))

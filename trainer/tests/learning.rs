@@ -17,6 +17,7 @@ use trainer::interrupt::Interrupt;
 use trainer::optimizer::{AdamW, AdamWConfig, Gradients};
 use trainer::parameters::{Parameters, Role};
 use trainer::runtime::{model_config, runnable};
+use trainer::schedule::Shares;
 use trainer::train::{Resume, Session, TrainError, prepare_data};
 
 /// Trains to the end.
@@ -210,9 +211,10 @@ fn evaluation_and_export_are_fully_quantized_before_training_is() {
     let evaluated = metrics.last().unwrap()["loss"].as_f64().unwrap();
 
     let windows = dataset.validation.evaluation(8);
-    let (ids, targets) = dataset.validation.batch(&windows);
+    let batch = dataset.validation.whole_batch(&windows);
     let at = |lambda| {
-        let loss = trained.model.loss(&trained.parameters, &ids, &targets, 16, lambda).unwrap();
+        let shares = Shares { quantization: lambda, sub_norm: 1.0 };
+        let loss = trained.model.loss(&trained.parameters, &batch, shares).unwrap();
         f64::from(loss.to_scalar::<f32>().unwrap())
     };
     assert!((evaluated - at(1.0)).abs() < 1e-6, "{evaluated} is not {}", at(1.0));

@@ -3,7 +3,8 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{TOKEN_CHUNK, tensor_like, values, with_values};
-use crate::{math, simd_fn, training};
+use crate::training::{self, Norm};
+use crate::{math, simd_fn};
 
 /// `y_i = weight_i * (x_i / sqrt(mean(x^2) + eps))` for each token ([`math::rms_norm`]).
 ///
@@ -62,7 +63,7 @@ impl CustomOp2 for Op {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (grad_x, grad_w) = with_values([x, weight, grad], self.name(), |[x, weight, grad]| {
             let (mut grad_x, mut grad_w) = (vec![0f32; x.len()], vec![0f32; weight.len()]);
-            training::rms_norm_backward(x, weight, grad, self.eps, 0.0, &mut grad_x, &mut grad_w);
+            training::rms_norm_backward(Norm::new(weight, self.eps), x, grad, 0.0, &mut grad_x, &mut grad_w);
             Ok((grad_x, grad_w))
         })?;
         Ok((Some(tensor_like(grad_x, x)?), Some(tensor_like(grad_w, weight)?)))

@@ -1,16 +1,8 @@
 //! The backward of the gated activation and the norm behind it, in one pass.
-use super::{TOKEN_CHUNK, add_up};
-use crate::math::{self, Activation};
+use super::norm::norm_backward;
+use super::{Norm, TOKEN_CHUNK, add_up};
+use crate::math::Activation;
 use crate::{pool, simd_fn};
-
-/// The norm between the gated activation and the down projection.
-#[derive(Debug, Clone, Copy)]
-pub struct MlpNorm<'a> {
-    /// Its gain.
-    pub weight: &'a [f32],
-    /// Its epsilon.
-    pub eps: f32,
-}
 
 /// Gradients of `norm(act(gate) * up)`, or of `act(gate) * up` where there is no norm.
 ///
@@ -24,7 +16,7 @@ pub struct MlpNorm<'a> {
 #[allow(clippy::too_many_arguments)] // the operands of one formula
 pub fn gated_backward(
     activation: Activation,
-    norm: Option<MlpNorm<'_>>,
+    norm: Option<Norm<'_>>,
     [gate, up, grad]: [&[f32]; 3],
     features: usize,
     keep: f32,
@@ -49,7 +41,7 @@ pub fn gated_backward(
 simd_fn! {
     fn rows(
         activation: Activation,
-        norm: Option<MlpNorm<'_>>,
+        norm: Option<Norm<'_>>,
         features: usize,
         gate: &[f32],
         up: &[f32],
@@ -61,16 +53,14 @@ simd_fn! {
         let Some(norm) = norm else {
             return activation.gated_backward(gate, up, grad, grad_gate, grad_up);
         };
-        let (mut product, mut weighted) = (vec![0f32; features], vec![0f32; features]);
+        let (mut product, mut room) = (vec![0f32; features], vec![0f32; 2 * features]);
         let mut grad_product = vec![0f32; features];
         let inputs = gate.chunks_exact(features).zip(up.chunks_exact(features)).zip(grad.chunks_exact(features));
         let outputs = grad_gate.chunks_exact_mut(features).zip(grad_up.chunks_exact_mut(features));
         for (((gate, up), grad), (grad_gate, grad_up)) in inputs.zip(outputs) {
             activation.gated(gate, up, &mut product);
             grad_product.fill(0.0);
-            math::rms_norm_backward(
-                &product, norm.weight, grad, norm.eps, &mut weighted, &mut grad_product, grad_weight,
-            );
+            norm_backward(norm, &product, grad, &mut room, &mut grad_product, grad_weight);
             activation.gated_backward(gate, up, &grad_product, grad_gate, grad_up);
         }
     }

@@ -15,8 +15,8 @@
 //! Results do not depend on the number of threads: work is cut into fixed chunks, and sums over tokens add chunk results
 //! in order.
 mod attention;
-mod divergence;
 mod bias;
+mod divergence;
 mod head;
 mod linear;
 mod mlp;
@@ -26,11 +26,11 @@ mod relations;
 #[cfg(feature = "candle")]
 pub(crate) use attention::{Group, Sequence};
 pub use attention::{Heads, attention, attention_backward};
-pub use head::{HeadLoss, LOGITS_CHUNK, Losses, Teacher, head_loss, head_losses};
 pub use bias::{add_bias, bias_backward};
+pub use head::{HeadLoss, LOGITS_CHUNK, Losses, Teacher, head_loss, head_losses};
 pub use linear::{Input, Latent, ProjectionError, Projections, Scratch};
-pub use mlp::{MlpNorm, gated_backward};
-pub use norm::rms_norm_backward;
+pub use mlp::gated_backward;
+pub use norm::{Norm, rms_norm_backward};
 pub use relations::{Relations, relation_loss};
 
 /// Tokens that a task works on at once.

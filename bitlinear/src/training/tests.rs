@@ -9,11 +9,11 @@ use crate::autograd;
 use crate::math::{Activation, RopeTable};
 use crate::products::Precision;
 
-mod head;
 mod finite_differences;
-mod sequences;
+mod head;
 mod reference;
 mod relations;
+mod sequences;
 
 /// Largest relative error of results that are computed in f32.
 const ROUNDING: f64 = 2e-5;
@@ -65,6 +65,12 @@ fn assert_close(what: &str, found: &[f32], expected: &[f32], bound: f64) {
     assert!(error < bound, "{what}: {error:.1e}");
 }
 
+/// `x + share (rms_norm(x) - x)`
+fn blended(x: &Tensor, weight: &Tensor, share: f64) -> Tensor {
+    let norm = autograd::rms_norm(x, weight, 1e-5).unwrap();
+    (((norm - x).unwrap() * share).unwrap() + x).unwrap()
+}
+
 #[test]
 fn rms_norm_has_the_gradients_of_the_graph() {
     let mut r = random(1);
@@ -72,15 +78,35 @@ fn rms_norm_has_the_gradients_of_the_graph() {
         let [x, grad, before] = [0; 3].map(|_| r.values(tokens * features));
         let (weight, start) = (r.values(features), r.values(features));
         let (x_var, w_var) = (var(&x, features), gain(&weight));
-        let y = autograd::rms_norm(&x_var, &w_var, 1e-5).unwrap();
-        let expected = gradients(&y, &grad, &[&x_var, &w_var]);
-        let (mut grad_x, mut grad_w) = (before.clone(), start.clone());
-        rms_norm_backward(&x, &weight, &grad, 1e-5, 0.5, &mut grad_x, &mut grad_w);
-        let sum: Vec<f32> = expected[0].iter().zip(&before).map(|(a, b)| a + b).collect();
-        assert_close("x", &grad_x, &sum, ROUNDING);
-        let sum: Vec<f32> = expected[1].iter().zip(&start).map(|(a, b)| a + 0.5 * b).collect();
-        assert_close("weight", &grad_w, &sum, ROUNDING);
+        for share in [1.0, 0.3] {
+            let y = blended(&x_var, &w_var, f64::from(share));
+            let expected = gradients(&y, &grad, &[&x_var, &w_var]);
+            let norm = Norm { weight: &weight, eps: 1e-5, share };
+            let (mut grad_x, mut grad_w) = (before.clone(), start.clone());
+            rms_norm_backward(norm, &x, &grad, 0.5, &mut grad_x, &mut grad_w);
+            let sum: Vec<f32> = expected[0].iter().zip(&before).map(|(a, b)| a + b).collect();
+            assert_close("x", &grad_x, &sum, ROUNDING);
+            let sum: Vec<f32> = expected[1].iter().zip(&start).map(|(a, b)| a + 0.5 * b).collect();
+            assert_close("weight", &grad_w, &sum, ROUNDING);
+
+            let (mut out, mut in_place) = (vec![f32::NAN; x.len()], x.clone());
+            norm.forward(&x, &mut out);
+            norm.forward_in_place(&mut in_place);
+            assert_close("forward", &out, &flat(&y), ROUNDING);
+            assert_eq!(out, in_place);
+        }
     }
+}
+
+#[test]
+fn a_norm_of_which_nothing_is_blended_in_is_not_there() {
+    let mut r = random(11);
+    let [x, grad, weight] = [35, 35, 7].map(|count| r.values(count));
+    let norm = Norm { weight: &weight, eps: 1e-5, share: 0.0 };
+    let (mut out, mut grad_x, mut grad_w) = (vec![f32::NAN; 35], vec![0.0; 35], vec![f32::NAN; 7]);
+    norm.forward(&x, &mut out);
+    rms_norm_backward(norm, &x, &grad, 0.0, &mut grad_x, &mut grad_w);
+    assert_eq!((out, grad_x, grad_w), (x, grad, vec![0.0; 7]));
 }
 
 #[test]
@@ -102,22 +128,16 @@ fn the_gated_activation_and_its_norm_have_the_gradients_of_the_graph() {
             assert_close("gate", &grad_gate, &expected[0], ROUNDING);
             assert_close("up", &grad_up, &expected[1], ROUNDING);
 
-            let y = autograd::rms_norm(&product, &w_var, 1e-5).unwrap();
-            let expected = gradients(&y, &grad, &[&gate_var, &up_var, &w_var]);
-            let norm = Some(MlpNorm { weight: &weight, eps: 1e-5 });
-            gated_backward(
-                activation,
-                norm,
-                inputs,
-                features,
-                0.0,
-                &mut grad_gate,
-                &mut grad_up,
-                &mut grad_w,
-            );
-            assert_close("gate before a norm", &grad_gate, &expected[0], ROUNDING);
-            assert_close("up before a norm", &grad_up, &expected[1], ROUNDING);
-            assert_close("norm", &grad_w, &expected[2], ROUNDING);
+            for share in [1.0, 0.3] {
+                let y = blended(&product, &w_var, f64::from(share));
+                let expected = gradients(&y, &grad, &[&gate_var, &up_var, &w_var]);
+                let norm = Some(Norm { weight: &weight, eps: 1e-5, share });
+                let (gate, up, gain) = (&mut grad_gate, &mut grad_up, &mut grad_w);
+                gated_backward(activation, norm, inputs, features, 0.0, gate, up, gain);
+                assert_close("gate before a norm", &grad_gate, &expected[0], ROUNDING);
+                assert_close("up before a norm", &grad_up, &expected[1], ROUNDING);
+                assert_close("norm", &grad_w, &expected[2], ROUNDING);
+            }
         }
     }
 }

@@ -24,6 +24,10 @@ pub struct Config {
     pub run: RunConfig,
     /// `[model]`: the decoder's shape, under Hugging Face's names.
     pub model: ModelConfig,
+    /// `[init]`: the model to start from.
+    pub init: InitConfig,
+    /// `[distill]`: what a teacher adds to the loss.
+    pub distill: DistillConfig,
     /// `[data]`: where text comes from and how it is cut.
     pub data: DataConfig,
     /// `[tokenizer]`: a given tokenizer, or the size of one to train.
@@ -98,6 +102,16 @@ pub struct ModelConfig {
     pub quantization: Quantization,
     /// Standard deviation of initial weights, 1e-6 to 1. Default: `0.02`.
     pub initializer_range: f64,
+    /// Width of a head where it is not `hidden_size / num_attention_heads`; comes with an imported model. Default: absent.
+    pub head_dim: Option<usize>,
+    /// Whether q, k and v have biases (Qwen2); comes with an imported model. Default: `false`.
+    pub qkv_bias: bool,
+    /// Whether queries and keys are normalized by head (Qwen3); comes with an imported model. Default: `false`.
+    pub qk_norm: bool,
+    /// The token that starts a text; when absent, the separator of documents. Default: absent.
+    pub bos_token_id: Option<u32>,
+    /// The tokens that end a text; when empty, the separator of documents. Default: `[]`.
+    pub eos_token_ids: Vec<u32>,
 }
 
 impl Default for ModelConfig {
@@ -117,6 +131,11 @@ impl Default for ModelConfig {
             sub_norm: true,
             quantization: Quantization::Bitnet,
             initializer_range: 0.02,
+            head_dim: None,
+            qkv_bias: false,
+            qk_norm: false,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
         }
     }
 }
@@ -127,12 +146,12 @@ impl ModelConfig {
         self.num_key_value_heads.unwrap_or(self.num_attention_heads)
     }
 
-    /// Width of one head: `hidden_size / num_attention_heads`.
+    /// Width of one head: `head_dim`, else `hidden_size / num_attention_heads`.
     ///
     /// # Panics
     /// If `num_attention_heads` is zero, which [`Config::validate`] refuses.
     pub fn head_dim(&self) -> usize {
-        self.hidden_size / self.num_attention_heads
+        self.head_dim.unwrap_or_else(|| self.hidden_size / self.num_attention_heads)
     }
 }
 
@@ -154,6 +173,75 @@ pub enum Quantization {
     Bitnet,
     /// Full precision.
     None,
+}
+
+/// `[init]`: the model to start from. Its shape comes with it: of `[model]` only `quantization` and `sub_norm` are then a
+/// choice.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct InitConfig {
+    /// A model's folder in Hugging Face's layout; when absent, the weights are random. Default: absent.
+    pub from: Option<String>,
+    /// How sub-norms start that the model did not have (`model.sub_norm`). Default: `"blend"`.
+    pub sub_norm: SubNormStart,
+}
+
+/// How sub-norms start in a model that was trained without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SubNormStart {
+    /// Blended in as quantization is (`quantization.warmup`), `x + lambda (norm(x) - x)`: at `lambda = 0` the model computes
+    /// what it did before. Gains are calibrated as under `"calibrate"`.
+    #[default]
+    Blend,
+    /// Whole from the first step, with the gain by which the norm's output is closest to its input, in least squares over
+    /// some training text: `gain_i = Σ x_i n_i / Σ n_i^2` with `n` the input divided by its root mean square.
+    Calibrate,
+    /// Whole from the first step, with gains of 1.
+    One,
+}
+
+/// `[distill]`: the loss is `cross_entropy * CE + logits * temperature^2 * KL + relations * R`.
+///
+/// `KL` is that of the teacher's next-token distribution from the student's, both at `temperature` ("Distilling the Knowledge
+/// in a Neural Network", arXiv 1503.02531); `R` that of relations within one layer's queries, keys and values (BitDistill,
+/// arXiv 2510.13998). Without a teacher the loss is CE.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DistillConfig {
+    /// A full-precision model with the same tokenizer: a folder in Hugging Face's layout, or `"init"` for `init.from`. When
+    /// absent, there is no distillation. Default: absent.
+    pub teacher: Option<String>,
+    /// Coefficient of the cross-entropy of the text's own tokens, 0 to 1e6. Default: `1.0`.
+    pub cross_entropy: f64,
+    /// Coefficient of the divergence of logits, 0 to 1e6. Default: `1.0`.
+    pub logits: f64,
+    /// What logits are divided by, 0.1 to 100. Default: `1.0`.
+    pub temperature: f64,
+    /// Coefficient of the divergence of relations, 0 to 1e6. Default: `0.0`.
+    pub relations: f64,
+    /// The layer whose relations are compared, counted from 0; when absent, the last but one. Default: absent.
+    pub relation_layer: Option<usize>,
+    /// Parts that queries, keys and values are cut into for their relations; when absent, the number of key and value heads.
+    /// Default: absent.
+    pub relation_heads: Option<usize>,
+    /// What relations' scores are divided by, 0.01 to 100. Default: `1.0`.
+    pub relation_temperature: f64,
+}
+
+impl Default for DistillConfig {
+    fn default() -> Self {
+        Self {
+            teacher: None,
+            cross_entropy: 1.0,
+            logits: 1.0,
+            temperature: 1.0,
+            relations: 0.0,
+            relation_layer: None,
+            relation_heads: None,
+            relation_temperature: 1.0,
+        }
+    }
 }
 
 /// `[data]`: where text comes from and how it is cut.
@@ -182,6 +270,12 @@ pub struct DataConfig {
     pub stories_bytes: usize,
     /// Seed of the embedded corpus, at most 2^63 - 1. Default: `1`.
     pub stories_seed: u64,
+    /// Tokens that the teacher writes where it is the source, 1,000 to 2^32. Default: `2000000`.
+    pub teacher_tokens: usize,
+    /// Temperature at which it writes, over 0 and at most 100. Default: `1.0`.
+    pub teacher_temperature: f64,
+    /// Seed of what it writes, at most 2^63 - 1. Default: `1`.
+    pub teacher_seed: u64,
 }
 
 impl Default for DataConfig {
@@ -198,6 +292,9 @@ impl Default for DataConfig {
             cache_dir: ".bitnet-cache".into(),
             stories_bytes: 4_000_000,
             stories_seed: 1,
+            teacher_tokens: 2_000_000,
+            teacher_temperature: 1.0,
+            teacher_seed: 1,
         }
     }
 }
@@ -210,6 +307,8 @@ pub enum DataSource {
     Files,
     /// The embedded corpus: needs no file and no network.
     Stories,
+    /// Text sampled from the teacher (`distill.teacher`), for those who have none: data-free distillation.
+    Teacher,
 }
 
 /// `[tokenizer]`: a given tokenizer, or the size of one to train.
@@ -365,11 +464,14 @@ pub struct QuantizationConfig {
     pub warmup: QuantizationWarmup,
     /// Share of all steps after which lambda is 1, over 0 and at most 1. Default: `0.5`.
     pub warmup_fraction: f64,
+    /// Projections that stay in full precision, by module name; `*` stands for any part of it, as in `"*.down_proj"` or
+    /// `"model.layers.0.*"`. Default: `[]`.
+    pub skip: Vec<String>,
 }
 
 impl Default for QuantizationConfig {
     fn default() -> Self {
-        Self { warmup: QuantizationWarmup::None, warmup_fraction: 0.5 }
+        Self { warmup: QuantizationWarmup::None, warmup_fraction: 0.5, skip: Vec::new() }
     }
 }
 
@@ -383,6 +485,8 @@ pub enum QuantizationWarmup {
     Linear,
     /// `lambda = 0` while `u < 1`, then 1.
     Step,
+    /// `lambda = min(1, 1 - (1 - u)^3)`: most of it early.
+    Cubic,
 }
 
 /// `[eval]`: loss on held-out text.

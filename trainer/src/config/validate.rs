@@ -3,7 +3,7 @@
 //! The upper limits are far beyond any model a CPU can train; they keep every product of sizes within 64 bits, so that
 //! the estimates of parameters and memory made from a valid config cannot overflow.
 
-use super::{Config, ConfigError, DataSource, Quantization};
+use super::{Config, ConfigError, DataSource, Precision, Quantization};
 use std::{
     fmt::Debug,
     ops::{Bound, RangeBounds},
@@ -27,6 +27,7 @@ impl Config {
         self.validate_model_ranges()?;
         self.validate_model_shape()?;
         self.validate_tokenizer()?;
+        self.validate_distillation()?;
         self.validate_training()?;
         self.validate_schedule()?;
         self.validate_reports()
@@ -58,13 +59,16 @@ impl Config {
         within("model.max_position_embeddings", self.max_positions(), 2..=1 << 20)?;
         within("model.rms_norm_eps", model.rms_norm_eps, 1e-12..=0.1)?;
         within("model.rope_theta", model.rope_theta, 1.0..=1e12)?;
-        within("model.initializer_range", model.initializer_range, 1e-6..=1.0)
+        within("model.initializer_range", model.initializer_range, 1e-6..=1.0)?;
+        within("model.head_dim", model.head_dim.unwrap_or(2), 2..=1 << 16)
     }
 
     fn validate_model_shape(&self) -> Result<(), ConfigError> {
         let model = &self.model;
         let (heads, kv_heads) = (model.num_attention_heads, model.kv_heads());
-        divides("model.hidden_size", model.hidden_size, "`model.num_attention_heads`", heads)?;
+        if model.head_dim.is_none() {
+            divides("model.hidden_size", model.hidden_size, "`model.num_attention_heads`", heads)?;
+        }
         divides("model.num_attention_heads", heads, "`model.num_key_value_heads`", kv_heads)?;
         let head_dim = model.head_dim();
         if !head_dim.is_multiple_of(2) {
@@ -121,12 +125,60 @@ impl Config {
                 let rule = "set data.source = \"files\" to train on these paths";
                 Err(conflict(("data.train", &data.train), stories, rule))
             }
+            DataSource::Teacher if !data.train.is_empty() => {
+                let rule = "set data.source = \"files\" to train on these paths";
+                Err(conflict(("data.train", &data.train), ("data.source", "teacher"), rule))
+            }
             DataSource::Stories if !data.validation.is_empty() => {
                 let rule = "leave the paths out: the embedded corpus holds out its own end";
                 Err(conflict(("data.validation", &data.validation), stories, rule))
             }
             _ => Ok(()),
         }
+    }
+
+    fn validate_distillation(&self) -> Result<(), ConfigError> {
+        let (distill, data) = (&self.distill, &self.data);
+        within("distill.cross_entropy", distill.cross_entropy, 0.0..=1e6)?;
+        within("distill.logits", distill.logits, 0.0..=1e6)?;
+        within("distill.temperature", distill.temperature, 0.1..=100.0)?;
+        within("distill.relations", distill.relations, 0.0..=1e6)?;
+        within("distill.relation_temperature", distill.relation_temperature, 0.01..=100.0)?;
+        within(
+            "distill.relation_layer",
+            distill.relation_layer.unwrap_or(0),
+            0..self.model.num_hidden_layers,
+        )?;
+        within("distill.relation_heads", distill.relation_heads.unwrap_or(1), 1..=1024)?;
+        within("data.teacher_tokens", data.teacher_tokens as u64, 1000..=1 << 32)?;
+        let temperatures = (Bound::Excluded(0.0), Bound::Included(100.0));
+        within("data.teacher_temperature", data.teacher_temperature, temperatures)?;
+        within("data.teacher_seed", data.teacher_seed, 0..=MAX_SEED)?;
+        if self.init.from.as_deref() == Some("") {
+            not_empty("init.from", "")?;
+        }
+        let teacher = ("distill.teacher", distill.teacher.as_deref().unwrap_or("absent"));
+        if distill.teacher.as_deref() == Some("init") && self.init.from.is_none() {
+            let rule = "name the model to start from, or a teacher of its own";
+            return Err(conflict(teacher, ("init.from", "absent"), rule));
+        }
+        if distill.teacher.is_none() {
+            if data.source == DataSource::Teacher {
+                let rule = "name the teacher that is to write the text";
+                return Err(conflict(teacher, ("data.source", "teacher"), rule));
+            }
+            return Ok(());
+        }
+        if self.train.precision == Precision::F32 {
+            let rule = "distillation is part of the fast step only: leave train.precision out";
+            return Err(conflict(("train.precision", "f32"), teacher, rule));
+        }
+        if distill.cross_entropy + distill.logits + distill.relations == 0.0 {
+            let rule =
+                "give one of distill.cross_entropy, distill.logits and distill.relations a coefficient";
+            return Err(conflict(("distill.logits", distill.logits), teacher, rule));
+        }
+        Ok(())
     }
 
     fn validate_tokenizer(&self) -> Result<(), ConfigError> {

@@ -161,9 +161,16 @@ pub fn prepare(settings: &DataSettings, progress: &dyn Fn(u64, u64)) -> Result<D
         (Loaded::Tokens(train), Some(Loaded::Tokens(validation))) => {
             token_files(settings, (train, validation), &mut warnings)?
         }
+        (Loaded::Tokens(train), Some(Loaded::Text(validation)))
+            if matches!(settings.tokenizer, TokenizerChoice::File { .. }) =>
+        {
+            let validation = encoded(settings, &validation)?;
+            token_files(settings, (train, validation), &mut warnings)?
+        }
         _ => {
             let what = "one of training and validation data is text, the other token files";
-            return Err(DataError::TokenizerChoice { what, fix: "give one kind only" });
+            let fix = "give one kind only, or token files to train on and the tokenizer.json that made them";
+            return Err(DataError::TokenizerChoice { what, fix });
         }
     };
     splits.train.check(vocab_size, "training")?;
@@ -246,6 +253,25 @@ fn join_token_files(
         Ok(())
     })?;
     Ok(Tokens::mapped(map, width))
+}
+
+/// Validation text beside training tokens, by the tokenizer that made those.
+fn encoded(settings: &DataSettings, documents: &[String]) -> Result<Tokens, DataError> {
+    let TokenizerChoice::File { path, .. } = &settings.tokenizer else { return Ok(Tokens::from_ids(&[])) };
+    let (tokenizer, _) = tokenizer::load(path)?;
+    let separator = end_of_text_id(&tokenizer, settings.separator.as_deref())?;
+    let mut ids = Vec::new();
+    encode::encode_documents(
+        &tokenizer,
+        documents,
+        separator,
+        |_| (),
+        |part| {
+            ids.extend_from_slice(part);
+            Ok(())
+        },
+    )?;
+    Ok(Tokens::from_ids(&ids))
 }
 
 /// Token files as they are; with a tokenizer their bytes are counted.

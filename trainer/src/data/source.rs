@@ -23,6 +23,8 @@ pub enum DocumentSplit {
     WholeFile,
     /// Blank lines (empty or white space only) separate documents. They, and the line break before them, are dropped.
     BlankLines,
+    /// Each line is a document, without its line break; empty ones are dropped.
+    Lines,
 }
 
 /// Bytes of one token in a token file, little-endian.
@@ -177,6 +179,9 @@ fn read_text(path: &Path, split: DocumentSplit, documents: &mut Vec<String>) -> 
     }
     match split {
         DocumentSplit::BlankLines => split_blank_lines(&text, documents),
+        DocumentSplit::Lines => {
+            documents.extend(text.lines().filter(|line| !line.is_empty()).map(str::to_owned));
+        }
         DocumentSplit::WholeFile if text.is_empty() => {}
         DocumentSplit::WholeFile => documents.push(text),
     }
@@ -351,6 +356,12 @@ mod tests {
         let folder = folder();
         let path = write(&folder, "a.txt", b"\n\na\nb\n\n \t\n\nc\r\nd\r\n\r\ne");
         assert_eq!(read_with(&path, DocumentSplit::BlankLines).unwrap(), ["a\nb", "c\r\nd", "e"]);
+        let lines = read_with(&path, DocumentSplit::Lines).unwrap();
+        assert!(lines.iter().all(|line| !line.is_empty() && !line.contains(['\n', '\r'])), "{lines:?}");
+        assert_eq!(
+            lines.iter().map(|line| line.trim()).filter(|line| !line.is_empty()).collect::<String>(),
+            "abcde"
+        );
     }
 
     #[test]

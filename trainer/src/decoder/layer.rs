@@ -1,32 +1,40 @@
 //! One layer of the decoder, forward and back.
 use bitlinear::kernels::KernelError;
-use bitlinear::math::{self, Activation};
+use bitlinear::math::Activation;
 use bitlinear::products::Precision;
-use bitlinear::training::{self, Heads, Input, Latent, MlpNorm, ProjectionError, Projections, Scratch};
+use bitlinear::training::{
+    self, Heads, Input, Latent, Norm, ProjectionError, Projections, Relations, Scratch,
+};
 use bitlinear::{pool, simd_fn};
 use infer::config::ModelConfig;
 
-use super::{CHUNK, add, norm_rows};
+use super::{CHUNK, RelationLesson, add, norm_all};
 use crate::optimizer::Gradients;
 use crate::parameters::Values;
+use crate::schedule::Shares;
 
 /// A layer's parameters as one step computes with them.
 pub(super) struct LayerWeights<'a> {
-    input_layernorm: &'a [f32],
+    input_layernorm: Norm<'a>,
     qkv: Projections<'a>,
-    attn_sub_norm: Option<&'a [f32]>,
+    qkv_bias: Option<[&'a [f32]; 3]>,
+    qk_norm: Option<[Norm<'a>; 2]>,
+    attn_sub_norm: Option<Norm<'a>>,
     o: Projections<'a>,
-    post_attention_layernorm: &'a [f32],
+    post_attention_layernorm: Norm<'a>,
     gate_up: Projections<'a>,
-    ffn_sub_norm: Option<&'a [f32]>,
+    ffn_sub_norm: Option<Norm<'a>>,
     down: Projections<'a>,
 }
 
 /// What a layer's backward needs of its forward, besides its input.
 #[derive(Default)]
-pub(super) struct Saved {
+pub struct Saved {
     /// Input of q, k and v.
     h: Input,
+    /// Queries and keys before their norms, where they have any.
+    before_norm: [Vec<f32>; 2],
+    /// What attention sees.
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -43,6 +51,23 @@ pub(super) struct Saved {
     up: Vec<f32>,
     /// Input of down.
     m: Input,
+}
+
+impl Saved {
+    /// Queries, keys and values as attention sees them before the rotary embedding, `[tokens, heads * head_dim]`.
+    pub fn qkv(&self) -> [&[f32]; 3] {
+        [&self.q, &self.k, &self.v]
+    }
+
+    /// What attention gives, `[tokens, heads * head_dim]`.
+    pub fn attended(&self) -> &[f32] {
+        &self.attended
+    }
+
+    /// The outputs of the gate and the up projection, `[tokens, intermediate_size]`.
+    pub fn gate_up(&self) -> [&[f32]; 2] {
+        [&self.gate, &self.up]
+    }
 }
 
 /// Buffers that all layers share.
@@ -66,25 +91,34 @@ impl<'a> LayerWeights<'a> {
         config: &ModelConfig,
         values: &'a Values<'a>,
         layer: usize,
-        lambda: f32,
+        shares: Shares,
     ) -> Result<Self, ProjectionError> {
         let get = |part: &str| values.get(&name(layer, part));
-        let sub_norm = |part: &str| config.sub_norm.then(|| get(part));
+        let norm = |part: &str| Norm::new(get(part), config.rms_norm_eps);
+        let sub_norm = |part: &str| config.sub_norm.then(|| Norm { share: shares.sub_norm, ..norm(part) });
         let projections = |parts: &[&str], in_features| {
-            let latents: Vec<_> =
-                parts.iter().map(|part| Latent { weight: get(part), quantized: true }).collect();
-            Projections::new(&latents, in_features, lambda, Precision::Bf16)
+            let latent = |part: &&str| Latent {
+                weight: get(part),
+                quantized: config.is_ternary(&format!("model.layers.{layer}.{part}")),
+            };
+            let latents: Vec<_> = parts.iter().map(latent).collect();
+            Projections::new(&latents, in_features, shares.quantization, Precision::Bf16)
         };
         let queries = config.num_attention_heads * config.head_dim;
         Ok(Self {
-            input_layernorm: get("input_layernorm"),
+            input_layernorm: norm("input_layernorm"),
             qkv: projections(
                 &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
                 config.hidden_size,
             )?,
+            qkv_bias: config.qkv_bias.then(|| {
+                ["q", "k", "v"]
+                    .map(|part| values.get(&format!("model.layers.{layer}.self_attn.{part}_proj.bias")))
+            }),
+            qk_norm: config.qk_norm.then(|| ["self_attn.q_norm", "self_attn.k_norm"].map(norm)),
             attn_sub_norm: sub_norm("self_attn.attn_sub_norm"),
             o: projections(&["self_attn.o_proj"], queries)?,
-            post_attention_layernorm: get("post_attention_layernorm"),
+            post_attention_layernorm: norm("post_attention_layernorm"),
             gate_up: projections(&["mlp.gate_proj", "mlp.up_proj"], config.hidden_size)?,
             ffn_sub_norm: sub_norm("mlp.ffn_sub_norm"),
             down: projections(&["mlp.down_proj"], config.intermediate_size)?,
@@ -101,21 +135,32 @@ impl<'a> LayerWeights<'a> {
         room: &mut Room,
         out: Option<&mut Vec<f32>>,
     ) -> Result<(), KernelError> {
-        let (width, ffn, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
+        let (width, ffn) = (config.hidden_size, config.intermediate_size);
         let tokens = x.len() / width;
         let (queries, keys) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
-        let Saved { h, q, k, v, log_sums, attended, a, middle, h2, gate, up, m } = saved;
+        let Saved { h, before_norm, q, k, v, log_sums, attended, a, middle, h2, gate, up, m } = saved;
 
-        self.qkv
-            .input(h, tokens, |row, out| norm_rows(row_of(x, row, width), self.input_layernorm, eps, out));
+        self.qkv.input(h, tokens, |row, out| self.input_layernorm.forward(row_of(x, row, width), out));
         q.resize(tokens * queries, 0.0);
         k.resize(tokens * keys, 0.0);
         v.resize(tokens * keys, 0.0);
         self.qkv.forward(h, &mut [q, k, v])?;
+        if let Some(biases) = self.qkv_bias {
+            for (rows, bias) in [&mut *q, k, v].into_iter().zip(biases) {
+                training::add_bias(rows, bias);
+            }
+        }
+        if let Some(norms) = self.qk_norm {
+            for ((rows, before), norm) in [&mut *q, k].into_iter().zip(before_norm).zip(norms) {
+                std::mem::swap(rows, before);
+                rows.resize(before.len(), 0.0);
+                norm_all(norm, before, rows);
+            }
+        }
         attended.resize(tokens * queries, 0.0);
         training::attention(heads, q, k, v, log_sums, &mut room.heads, attended);
         self.o.input(a, tokens, |row, out| match self.attn_sub_norm {
-            Some(gain) => norm_rows(row_of(attended, row, queries), gain, eps, out),
+            Some(norm) => norm.forward(row_of(attended, row, queries), out),
             None => out.copy_from_slice(row_of(attended, row, queries)),
         });
         room.hidden.resize(tokens * width, 0.0);
@@ -123,14 +168,17 @@ impl<'a> LayerWeights<'a> {
         middle.resize(tokens * width, 0.0);
         sum(x, &room.hidden, middle);
 
-        let gain = self.post_attention_layernorm;
-        self.gate_up.input(h2, tokens, |row, out| norm_rows(row_of(middle, row, width), gain, eps, out));
+        let norm = self.post_attention_layernorm;
+        self.gate_up.input(h2, tokens, |row, out| norm.forward(row_of(middle, row, width), out));
         gate.resize(tokens * ffn, 0.0);
         up.resize(tokens * ffn, 0.0);
         self.gate_up.forward(h2, &mut [gate, up])?;
         self.down.input(m, tokens, |row, out| {
             let (gate, up) = (row_of(gate, row, ffn), row_of(up, row, ffn));
-            gated_row(config.hidden_act, self.ffn_sub_norm, eps, gate, up, out);
+            gated_row(config.hidden_act, gate, up, out);
+            if let Some(norm) = self.ffn_sub_norm {
+                norm.forward_in_place(out);
+            }
         });
         if let Some(out) = out {
             self.down.forward(m, &mut [&mut room.hidden])?;
@@ -140,6 +188,7 @@ impl<'a> LayerWeights<'a> {
     }
 
     /// `grad` is the gradient of the layer's output and becomes that of its input; parameters' are added to `gradients`.
+    /// Where the layer has relations to learn, times a share, it returns their divergence times the share.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn backward(
         &self,
@@ -148,11 +197,12 @@ impl<'a> LayerWeights<'a> {
         layer: usize,
         x: &[f32],
         saved: &Saved,
+        relations: Option<(RelationLesson<'_>, f64)>,
         room: &mut Room,
         grad: &mut [f32],
         gradients: &mut Gradients,
-    ) -> Result<(), KernelError> {
-        let (ffn, eps, keep) = (config.intermediate_size, config.rms_norm_eps, gradients.keep());
+    ) -> Result<f64, KernelError> {
+        let (ffn, keep) = (config.intermediate_size, gradients.keep());
         let tokens = x.len() / config.hidden_size;
         let n = |part: &str| name(layer, part);
         let Room {
@@ -175,8 +225,7 @@ impl<'a> LayerWeights<'a> {
         let inputs = [&*saved.gate, &*saved.up, &**grad_m];
         let act = config.hidden_act;
         match self.ffn_sub_norm {
-            Some(weight) => gradients.with([n("mlp.ffn_sub_norm")], |[gain]| {
-                let norm = Some(MlpNorm { weight, eps });
+            norm @ Some(_) => gradients.with([n("mlp.ffn_sub_norm")], |[gain]| {
                 training::gated_backward(act, norm, inputs, ffn, keep, grad_gate, grad_up, gain);
             }),
             None => training::gated_backward(act, None, inputs, ffn, keep, grad_gate, grad_up, &mut []),
@@ -187,8 +236,8 @@ impl<'a> LayerWeights<'a> {
             self.gate_up.backward(&saved.h2, &grads, keep, scratch, hidden, &mut [gate, up])
         })?;
         gradients.with([n("post_attention_layernorm")], |[gain]| {
-            let weight = self.post_attention_layernorm;
-            training::rms_norm_backward(&saved.middle, weight, hidden, eps, keep, grad, gain);
+            let norm = self.post_attention_layernorm;
+            training::rms_norm_backward(norm, &saved.middle, hidden, keep, grad, gain);
         });
 
         let [grad_q, grad_k, grad_v] = grad_qkv;
@@ -199,9 +248,9 @@ impl<'a> LayerWeights<'a> {
         })?;
         grad_attended.clear();
         match self.attn_sub_norm {
-            Some(weight) => gradients.with([n("self_attn.attn_sub_norm")], |[gain]| {
+            Some(norm) => gradients.with([n("self_attn.attn_sub_norm")], |[gain]| {
                 grad_attended.resize(saved.q.len(), 0.0);
-                training::rms_norm_backward(&saved.attended, weight, grad_q, eps, keep, grad_attended, gain);
+                training::rms_norm_backward(norm, &saved.attended, grad_q, keep, grad_attended, gain);
             }),
             None => grad_attended.extend_from_slice(grad_q),
         }
@@ -215,15 +264,45 @@ impl<'a> LayerWeights<'a> {
             by_head,
             [grad_q, grad_k, grad_v],
         );
+        let mut divergence = 0.0;
+        if let Some((lesson, share)) = relations {
+            let scale = (f64::from(lesson.coefficient) * share) as f32;
+            let students = saved.qkv().into_iter().zip([&mut *grad_q, grad_k, grad_v]);
+            for ((student, grad), teacher) in students.zip(lesson.teacher) {
+                let RelationLesson { heads: count, temperature, .. } = lesson;
+                let sequence_lengths = &heads.sequences;
+                let relations = Relations { heads: count, temperature, sequence_lengths };
+                divergence += share * training::relation_loss(&relations, student, teacher, scale, grad);
+            }
+        }
+        if let Some(norms) = self.qk_norm {
+            let grads = [&mut *grad_q, &mut *grad_k].into_iter().zip(&saved.before_norm);
+            for ((part, norm), (grad, before)) in ["q_norm", "k_norm"].into_iter().zip(norms).zip(grads) {
+                gradients.with([n(&format!("self_attn.{part}"))], |[gain]| {
+                    // The gradient behind the norm, which makes room for that before it.
+                    grad_attended.clear();
+                    grad_attended.extend_from_slice(grad);
+                    grad.fill(0.0);
+                    training::rms_norm_backward(norm, before, grad_attended, keep, grad, gain);
+                });
+            }
+        }
+        if self.qkv_bias.is_some() {
+            for (part, grad) in ["q", "k", "v"].into_iter().zip([&*grad_q, grad_k, grad_v]) {
+                gradients.with([format!("model.layers.{layer}.self_attn.{part}_proj.bias")], |[bias]| {
+                    training::bias_backward(grad, keep, bias);
+                });
+            }
+        }
         let names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(n);
         gradients.with(names, |[q, k, v]| {
             let grads = [&**grad_q, &**grad_k, &**grad_v];
             self.qkv.backward(&saved.h, &grads, keep, scratch, hidden, &mut [q, k, v])
         })?;
         gradients.with([n("input_layernorm")], |[gain]| {
-            training::rms_norm_backward(x, self.input_layernorm, hidden, eps, keep, grad, gain);
+            training::rms_norm_backward(self.input_layernorm, x, hidden, keep, grad, gain);
         });
-        Ok(())
+        Ok(divergence)
     }
 }
 
@@ -243,18 +322,7 @@ fn sum(a: &[f32], b: &[f32], out: &mut [f32]) {
 }
 
 simd_fn! {
-    /// The input of the down projection for one token.
-    fn gated_row(
-        activation: Activation,
-        norm: Option<&[f32]>,
-        eps: f32,
-        gate: &[f32],
-        up: &[f32],
-        out: &mut [f32],
-    ) {
+    fn gated_row(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
         activation.gated(gate, up, out);
-        if let Some(gain) = norm {
-            math::rms_norm_in_place(out, gain, eps);
-        }
     }
 }

@@ -4,19 +4,24 @@
 //! bf16; gradients are those of its graph, to within the rounding that [`bitlinear::training`] describes. Buffers are kept from step to step. What the backward of a layer
 //! needs is either kept from the forward or computed again from the layer's input (`train.recompute`).
 mod layer;
+mod lesson;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bitlinear::math::{self, RopeTable};
+use bitlinear::math::RopeTable;
 use bitlinear::products::Precision;
-use bitlinear::training::{self, HeadLoss, Heads, ProjectionError};
+use bitlinear::training::{self, HeadLoss, Heads, Norm, ProjectionError};
 use bitlinear::{pool, simd_fn};
 use infer::config::ModelConfig;
 
+use crate::data::Batch;
 use crate::optimizer::Gradients;
 use crate::parameters::Values;
-use layer::{LayerWeights, Room, Saved};
+use crate::schedule::Shares;
+pub use layer::Saved;
+use layer::{LayerWeights, Room};
+pub use lesson::{Lesson, RelationLesson, StepLoss};
 
 /// Values that a task adds or copies at once.
 const CHUNK: usize = 1 << 14;
@@ -24,7 +29,6 @@ const CHUNK: usize = 1 << 14;
 /// The buffers of a training step for batches of one size.
 pub struct Decoder {
     config: ModelConfig,
-    sequence_length: usize,
     /// With the sequences of the batch at hand.
     heads: Heads,
     recompute: bool,
@@ -37,6 +41,7 @@ pub struct Decoder {
     /// The gradient of the residual stream.
     grad: Vec<f32>,
     grad_hidden: Vec<f32>,
+    /// The student's and the teacher's.
     logits: [Vec<f32>; 2],
     room: Room,
     times: DecoderTimes,
@@ -60,15 +65,18 @@ pub struct StepWeights<'a> {
 }
 
 impl<'a> StepWeights<'a> {
-    /// Ternarizes and packs the latent weights, once for all micro-batches of a step; with a share `lambda` of quantization
+    /// Ternarizes and packs the latent weights, once for all micro-batches of a step; with a share of quantization
     /// below 1 they are mixed in f32.
     ///
     /// # Errors
     /// At full quantization, a latent weight is not finite, or no kernel can run.
-    pub fn new(config: &ModelConfig, values: &'a Values<'a>, lambda: f32) -> Result<Self, ProjectionError> {
-        let lambda = if config.quantized { lambda } else { 0.0 };
+    pub fn new(
+        config: &ModelConfig,
+        values: &'a Values<'a>,
+        shares: Shares,
+    ) -> Result<Self, ProjectionError> {
         let layers = pool::map(0..config.num_hidden_layers, |_, layer| {
-            LayerWeights::new(config, values, layer, lambda)
+            LayerWeights::new(config, values, layer, shares)
         });
         Ok(Self { values, layers: layers.into_iter().collect::<Result<_, _>>()? })
     }
@@ -88,7 +96,6 @@ impl Decoder {
         let mut saved = Vec::new();
         saved.resize_with(if recompute { 1 } else { layers }, Saved::default);
         Self {
-            sequence_length,
             heads,
             recompute,
             residuals: vec![Vec::new(); layers + 1],
@@ -103,7 +110,8 @@ impl Decoder {
         }
     }
 
-    /// Mean cross-entropy of the targets in nats, and its gradients times `share`, added to `gradients`.
+    /// The losses of a lesson on a batch, and the gradients of their total, added to `gradients`. Both are times `share`, the
+    /// batch's part of an optimizer step; where the batch has weights, these say it instead.
     ///
     /// # Errors
     /// No kernel can run.
@@ -113,26 +121,51 @@ impl Decoder {
     pub fn step(
         &mut self,
         weights: &StepWeights<'_>,
-        ids: &[u32],
-        targets: &[u32],
+        batch: &Batch,
+        lesson: &Lesson<'_>,
         share: f64,
         gradients: &mut Gradients,
-    ) -> Result<f64, ProjectionError> {
-        assert_eq!(ids.len(), targets.len(), "a target for each token");
-        self.heads.sequences.clear();
-        self.heads.sequences.resize(ids.len() / self.sequence_length, self.sequence_length);
+    ) -> Result<StepLoss, ProjectionError> {
+        assert_eq!(batch.ids.len(), batch.targets.len(), "a target for each token");
         let start = Instant::now();
-        self.forward(weights, ids)?;
+        self.forward(weights, batch, |_, _| ())?;
         let forward = start.elapsed();
-        let loss = self.head(weights, targets, share, gradients);
+        let mut loss = self.head(weights, batch, lesson, share, gradients);
         let head = start.elapsed();
-        if loss.is_finite() {
-            self.backward(weights, ids, gradients)?;
+        if loss.total.is_finite() {
+            loss.relations = self.backward(weights, batch, lesson.relations, share, gradients)?;
+            let coefficient = lesson.relations.map_or(0.0, |relations| relations.coefficient);
+            loss.total += f64::from(coefficient) * loss.relations;
         }
         self.times.forward += forward;
         self.times.head += head - forward;
         self.times.backward += start.elapsed() - head;
         Ok(loss)
+    }
+
+    /// Reads a batch without learning; shows each layer what was kept of it.
+    ///
+    /// Returns the last norm's output, `[tokens, hidden_size]`.
+    ///
+    /// # Errors
+    /// No kernel can run.
+    ///
+    /// # Panics
+    /// As [`Decoder::step`].
+    pub fn read(
+        &mut self,
+        weights: &StepWeights<'_>,
+        batch: &Batch,
+        see: impl FnMut(usize, &Saved),
+    ) -> Result<&[f32], ProjectionError> {
+        self.forward(weights, batch, see)?;
+        self.last_norm(weights);
+        Ok(&self.hidden)
+    }
+
+    /// What the last batch's last norm gave, `[tokens, hidden_size]`.
+    pub fn hidden(&self) -> &[f32] {
+        &self.hidden
     }
 
     /// What the parts of all steps since the last call took.
@@ -141,8 +174,14 @@ impl Decoder {
     }
 
     /// Residual stream after each layer, and what the backward needs.
-    fn forward(&mut self, weights: &StepWeights<'_>, ids: &[u32]) -> Result<(), ProjectionError> {
-        let width = self.config.hidden_size;
+    fn forward(
+        &mut self,
+        weights: &StepWeights<'_>,
+        batch: &Batch,
+        mut see: impl FnMut(usize, &Saved),
+    ) -> Result<(), ProjectionError> {
+        let (width, ids) = (self.config.hidden_size, &batch.ids);
+        self.heads.sequences.clone_from(&batch.sequences);
         for residual in &mut self.residuals {
             residual.resize(ids.len() * width, 0.0);
         }
@@ -164,35 +203,51 @@ impl Decoder {
                 &mut self.room,
                 Some(&mut after[0]),
             )?;
+            see(index, saved);
         }
         Ok(())
+    }
+
+    /// The last norm of the residual stream, which it returns too.
+    fn last_norm<'w>(&mut self, weights: &StepWeights<'w>) -> Norm<'w> {
+        let norm = Norm::new(weights.values.get("model.norm.weight"), self.config.rms_norm_eps);
+        let x = &self.residuals[self.config.num_hidden_layers];
+        self.hidden.resize(x.len(), 0.0);
+        norm_all(norm, x, &mut self.hidden);
+        norm
     }
 
     /// The last norm, the head and its loss; leaves the gradient of the residual stream.
     fn head(
         &mut self,
         weights: &StepWeights<'_>,
-        targets: &[u32],
+        batch: &Batch,
+        lesson: &Lesson<'_>,
         share: f64,
         gradients: &mut Gradients,
-    ) -> f64 {
+    ) -> StepLoss {
+        let norm = self.last_norm(weights);
         let Self { config, residuals, hidden, grad, grad_hidden, logits, .. } = self;
-        let (width, eps, keep) = (config.hidden_size, config.rms_norm_eps, gradients.keep());
+        let keep = gradients.keep();
         let x = &residuals[config.num_hidden_layers];
-        let gain = weights.values.get("model.norm.weight");
-        hidden.resize(x.len(), 0.0);
-        let chunk = rows_at_once(width) * width;
-        pool::map(hidden.chunks_mut(chunk).zip(x.chunks(chunk)), |_, (out, x)| norm_rows(x, gain, eps, out));
-        let name = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let name = head_name(config);
         let head = weights.values.get(name);
         grad_hidden.resize(x.len(), 0.0);
-        let scale = (share / targets.len() as f64) as f32;
+        // Weights are those of a whole step already.
+        let scale = if batch.weights.is_some() { 1.0 } else { share / batch.targets.len() as f64 };
+        let terms = HeadLoss {
+            targets: &batch.targets,
+            weights: batch.weights.as_deref(),
+            cross_entropy: lesson.cross_entropy,
+            teacher: lesson.logits,
+        };
         let losses = gradients.with([name], |[grad_head]| {
+            let operands = [&**hidden, head];
             training::head_loss(
                 Precision::Bf16,
-                [hidden, head],
-                &HeadLoss::cross_entropy(targets),
-                scale,
+                operands,
+                &terms,
+                scale as f32,
                 keep,
                 logits,
                 grad_hidden,
@@ -202,17 +257,26 @@ impl Decoder {
         grad.clear();
         grad.resize(x.len(), 0.0);
         gradients.with(["model.norm.weight"], |[grad_gain]| {
-            training::rms_norm_backward(x, gain, grad_hidden, eps, keep, grad, grad_gain);
+            training::rms_norm_backward(norm, x, grad_hidden, keep, grad, grad_gain);
         });
-        losses.cross_entropy / targets.len() as f64
+        let (cross_entropy, divergence) = (losses.cross_entropy * scale, losses.divergence * scale);
+        let weight = lesson
+            .logits
+            .map_or(0.0, |teacher| f64::from(teacher.coefficient) * f64::from(teacher.temperature).powi(2));
+        let total = f64::from(lesson.cross_entropy) * cross_entropy + weight * divergence;
+        StepLoss { total, cross_entropy, divergence, relations: 0.0 }
     }
 
+    /// The layers' gradients and the embedding's; returns the divergence of relations.
     fn backward(
         &mut self,
         weights: &StepWeights<'_>,
-        ids: &[u32],
+        batch: &Batch,
+        relations: Option<RelationLesson<'_>>,
+        share: f64,
         gradients: &mut Gradients,
-    ) -> Result<(), ProjectionError> {
+    ) -> Result<f64, ProjectionError> {
+        let mut divergence = 0.0;
         for (index, layer) in weights.layers.iter().enumerate().rev() {
             let saved = &mut self.saved[if self.recompute { 0 } else { index }];
             let x = &self.residuals[index];
@@ -220,12 +284,14 @@ impl Decoder {
             if self.recompute && index + 1 < weights.layers.len() {
                 layer.forward(&self.config, &self.heads, x, saved, &mut self.room, None)?;
             }
-            layer.backward(
+            let relations = relations.filter(|relations| relations.layer == index);
+            divergence += layer.backward(
                 &self.config,
                 &self.heads,
                 index,
                 x,
                 saved,
+                relations.map(|relations| (relations, share)),
                 &mut self.room,
                 &mut self.grad,
                 gradients,
@@ -234,11 +300,16 @@ impl Decoder {
         // Tied, the head has been here before.
         let keep = if self.config.tie_word_embeddings { 1.0 } else { gradients.keep() };
         gradients.with(["model.embed_tokens.weight"], |[grad_embedding]| {
-            embedding_backward(ids, &self.grad, self.config.hidden_size, keep, grad_embedding);
+            embedding_backward(&batch.ids, &self.grad, self.config.hidden_size, keep, grad_embedding);
         });
         gradients.added();
-        Ok(())
+        Ok(divergence)
     }
+}
+
+/// The parameter that the head multiplies by.
+pub fn head_name(config: &ModelConfig) -> &'static str {
+    if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" }
 }
 
 /// Rows that a task takes, about [`CHUNK`] values.
@@ -282,11 +353,8 @@ simd_fn! {
     }
 }
 
-simd_fn! {
-    /// RMSNorm of some tokens.
-    fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-        for (out, x) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
-            math::rms_norm(x, weight, eps, out);
-        }
-    }
+/// The norm of all rows.
+fn norm_all(norm: Norm<'_>, x: &[f32], out: &mut [f32]) {
+    let chunk = rows_at_once(norm.weight.len()) * norm.weight.len();
+    pool::map(out.chunks_mut(chunk).zip(x.chunks(chunk)), |_, (out, x)| norm.forward(x, out));
 }

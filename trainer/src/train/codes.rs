@@ -26,6 +26,19 @@ pub struct CodeShares {
     pub flipped: f64,
 }
 
+/// Shares of each code of the projections, and of codes that differ from those of `before`.
+///
+/// # Errors
+/// Parameters cannot be read.
+pub fn code_shares(
+    now: &Parameters,
+    before: &Parameters,
+) -> candle_core::Result<BTreeMap<String, CodeShares>> {
+    let shares = Codes::of(now)?;
+    let shares = shares.shares(&Codes::of(before)?).into_iter();
+    Ok(shares.map(|(name, shares)| (name.to_owned(), shares)).collect())
+}
+
 impl Codes {
     /// The codes of latent weights as they are now.
     pub(super) fn of(parameters: &Parameters) -> candle_core::Result<Self> {

@@ -3,6 +3,7 @@
 //! A session owns what a run changes: parameters, optimizer, position in the data, metrics. All of it goes into a
 //! checkpoint, and everything else is a function of the config and the step, so a run that stops and resumes is bit for
 //! bit the run that did not stop.
+mod calibrate;
 mod codes;
 mod learner;
 mod session;
@@ -12,7 +13,7 @@ use std::path::PathBuf;
 
 use bitlinear::training::ProjectionError;
 
-pub use codes::CodeShares;
+pub use codes::{CodeShares, code_shares};
 pub use learner::{Learner, Step, StepTimes};
 pub(crate) use session::MODEL;
 pub use session::{Session, prepare_data, validation_loss};
@@ -21,10 +22,12 @@ pub use state::{Best, TrainState};
 use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
 use crate::data::DataError;
+use crate::import::ImportError;
 use crate::interrupt::{InterruptError, Signal};
 use crate::parameters::ParameterError;
 use crate::run_dir::{FileError, RunDirError};
 use crate::runtime::RuntimeError;
+use crate::teacher::TeacherError;
 
 /// What to do about an earlier run in the same folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +58,12 @@ pub enum TrainError {
     /// The data.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// The model to start from.
+    #[error(transparent)]
+    Import(#[from] ImportError),
+    /// The teacher.
+    #[error(transparent)]
+    Teacher(#[from] TeacherError),
     /// A checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),

@@ -3,16 +3,19 @@ use std::path::Path;
 use std::time::Instant;
 
 use infer::bench::peak_memory;
+use infer::config::ModelConfig;
 use infer::sampler::SamplingOptions;
 
+use super::calibrate::calibrate;
 use super::codes::Codes;
 use super::learner::{Learner, Step, adamw};
 use super::state::{Best, TrainState};
 use super::{Outcome, Resume, TrainError};
 use crate::checkpoint::{Checkpoint, CheckpointStore, Part};
-use crate::config::{Config, DataSource};
+use crate::config::{Config, DataSource, SubNormStart};
 use crate::corpus::Grammar;
 use crate::data::{self, DataSettings, Dataset, Source, TokenizerChoice};
+use crate::import;
 use crate::interrupt::Interrupt;
 use crate::metrics::{EvalRecord, Record, TrainRecord, bits_per_byte};
 use crate::model::Model;
@@ -20,6 +23,7 @@ use crate::optimizer::AdamW;
 use crate::parameters::Parameters;
 use crate::progress::Progress;
 use crate::run_dir::{MetricsLog, RunDir, write_atomic};
+use crate::teacher::{self, Teacher};
 use crate::{runtime, schedule};
 
 /// Latent weights.
@@ -54,9 +58,13 @@ pub fn prepare_data(config: &Config) -> Result<Dataset, TrainError> {
             Source::Documents(Grammar::embedded().stories(data.stories_seed, data.stories_bytes))
         }
         DataSource::Files => Source::Paths(data.train.clone()),
+        DataSource::Teacher => match import::teacher_folder(config) {
+            Some(folder) => Source::Paths(teacher::write_text(folder, data)?),
+            None => Source::Paths(Vec::new()),
+        },
     };
     let only_tokens =
-        data.source == DataSource::Files && data.train.iter().all(|path| data::is_token_file(path));
+        matches!(&train, Source::Paths(paths) if paths.iter().all(|path| data::is_token_file(path)));
     let tokenizer = match &config.tokenizer.file {
         Some(path) => TokenizerChoice::File {
             path: path.clone(),
@@ -129,7 +137,7 @@ impl Session {
                 (parameters, optimizer, codes, state)
             }
             None => {
-                let parameters = Parameters::init(&shape, config.model.initializer_range, config.run.seed)?;
+                let parameters = first_parameters(config, &shape, &dataset)?;
                 let optimizer = AdamW::new(adamw, &parameters);
                 let codes = Codes::of(&parameters)?;
                 (parameters, optimizer, codes, TrainState::new(config.run.seed, &dataset))
@@ -141,7 +149,13 @@ impl Session {
         }
         write_atomic(&paths.config(), config.to_toml()?.as_bytes())?;
         let (metrics, _) = MetricsLog::resume(&paths.metrics(), state.step)?;
-        let learner = Learner::new(config, shape, parameters, optimizer);
+        let teacher = match import::teacher_folder(config) {
+            Some(folder) => {
+                Some(Teacher::load(folder, &config.distill, config.data.sequence_length, &shape)?)
+            }
+            None => None,
+        };
+        let learner = Learner::new(config, shape, parameters, optimizer, teacher);
         let progress = Progress::new("training", state.step, config.train.steps);
         let config = config.clone();
         Ok(Self { config, dir, store, dataset, learner, state, metrics, codes, progress })
@@ -191,9 +205,13 @@ impl Session {
         let Self { config, learner, dataset, state, .. } = self;
         let at = state.step;
         state.step += 1;
-        let step = learner.step(config, at, || {
-            dataset.train.batch(&state.sampler.next_batch(dataset.train.count(), config.train.batch_size))
-        })?;
+        let batches: Vec<_> = (0..config.train.gradient_accumulation)
+            .map(|_| {
+                let chosen = state.sampler.next_batch(dataset.train.count(), config.train.batch_size);
+                dataset.train.whole_batch(&chosen)
+            })
+            .collect();
+        let step = learner.step(config, at, &batches)?;
         state.updates = learner.optimizer.updates();
         Ok(step)
     }
@@ -204,10 +222,14 @@ impl Session {
         let tokens = config.tokens_per_step() as u64;
         let tokens_per_second = tokens as f64 / start.elapsed().as_secs_f64();
         let due = done.is_multiple_of(config.train.log_every) || done == config.train.steps || done == 1;
-        let message = format!("loss {:.4} | {tokens_per_second:.0} tokens/s", step.loss);
+        let distill = self.learner.teaches();
+        let divergence =
+            distill.then(|| format!(" | divergence {:.4}", step.loss.divergence)).unwrap_or_default();
+        let message =
+            format!("loss {:.4}{divergence} | {tokens_per_second:.0} tokens/s", step.loss.cross_entropy);
         self.progress.update(done, &message, due);
         if !step.updated {
-            let (loss, grad_norm) = (step.loss.to_string(), step.grad_norm.to_string());
+            let (loss, grad_norm) = (step.loss.total.to_string(), step.grad_norm.to_string());
             self.progress
                 .say(&format!("warning: step {done} skipped: loss {loss}, gradient norm {grad_norm}"));
             self.metrics.append(&Record::Skipped { step: done, loss, grad_norm })?;
@@ -217,9 +239,11 @@ impl Session {
                 step: done,
                 tokens: done * tokens,
                 epoch: self.state.sampler.epoch(train.count()),
-                loss: step.loss,
+                loss: step.loss.cross_entropy,
+                divergence: distill.then_some(step.loss.divergence),
+                relations: (config.distill.relations > 0.0 && distill).then_some(step.loss.relations),
                 bits_per_byte: bits_per_byte(
-                    step.loss,
+                    step.loss.cross_entropy,
                     train.tokens().len() as u64,
                     self.dataset.train_bytes,
                 ),
@@ -248,7 +272,7 @@ impl Session {
             return Err(TrainError::Diverged {
                 step: self.state.step,
                 in_a_row: self.state.skipped_in_a_row,
-                loss: step.loss,
+                loss: step.loss.total,
                 norm: step.grad_norm,
             });
         }
@@ -343,6 +367,23 @@ impl Session {
     }
 }
 
+/// What a run starts with: fresh parameters, or those of `init.from`.
+fn first_parameters(
+    config: &Config,
+    shape: &ModelConfig,
+    dataset: &Dataset,
+) -> Result<Parameters, TrainError> {
+    let Some(folder) = &config.init.from else {
+        return Ok(Parameters::init(shape, config.model.initializer_range, config.run.seed)?);
+    };
+    let imported = import::read(Path::new(folder))?;
+    let parameters = import::start(config, shape, &imported)?;
+    if shape.sub_norm && !imported.shape.sub_norm && config.init.sub_norm != SubNormStart::One {
+        calibrate(shape, &parameters, &dataset.train)?;
+    }
+    Ok(parameters)
+}
+
 /// Mean loss, in nats a token, over some windows, fully quantized.
 ///
 /// # Errors
@@ -356,8 +397,7 @@ pub fn validation_loss(
 ) -> Result<f64, TrainError> {
     let (mut sum, mut count) = (0.0, 0u64);
     for batch in chosen.chunks(batch_size) {
-        let (inputs, targets) = windows.batch(batch);
-        let losses = model.losses(parameters, &inputs, &targets, windows.sequence_length())?;
+        let losses = model.losses(parameters, &windows.whole_batch(batch))?;
         sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         count += losses.len() as u64;
     }

@@ -124,7 +124,7 @@ fn the_norm_of_heads_has_its_derivative() {
             out
         };
         let (mut grad_x, mut grad_w) = (vec![0f32; x.len()], vec![f32::NAN; head_dim]);
-        rms_norm_backward(&x, &weight, &grad, 1e-5, 0.0, &mut grad_x, &mut grad_w);
+        rms_norm_backward(Norm::new(&weight, 1e-5), &x, &grad, 0.0, &mut grad_x, &mut grad_w);
         check("heads", &|x| forward(x, &weight), &x, &grad, &grad_x, &mut r);
         check("gain", &|weight| forward(&x, weight), &weight, &grad, &grad_w, &mut r);
     }
