@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::json;
 
+use crate::choices::{self, ChoicesReport};
 use crate::config::{Config, DataSource, Precision, TokenizerConfig};
 use crate::data::{self, DataSettings, Dataset, DocumentSplit, Source, TokenizerChoice};
 use crate::export::{self, ExportError, Which};
@@ -16,6 +17,7 @@ use crate::import;
 use crate::interrupt::Interrupt;
 use crate::memory::Estimate;
 use crate::report::Report;
+use crate::progress::Progress;
 use crate::run_dir::{RunPaths, write_atomic};
 use crate::runtime::{RuntimeError, runnable};
 use crate::train::{Outcome, Resume, Session, TrainError, prepare_data};
@@ -33,7 +35,7 @@ struct Cli {
 enum Command {
     /// Train the model that a config describes, then export it
     Train(TrainArgs),
-    /// Loss, perplexity and bits a byte of a model or a run on some text
+    /// Loss, perplexity and bits a byte of a model or a run on some text, or how many choices it gets right
     Eval(EvalArgs),
     /// Write a run's model in Hugging Face's layout and prove that it runs as trained
     Export(ExportArgs),
@@ -68,8 +70,11 @@ struct EvalArgs {
     /// A run's folder, or an exported model's
     model: PathBuf,
     /// A .txt, .jsonl, .u16 or .u32 file, or a folder of text
-    #[arg(long)]
-    data: PathBuf,
+    #[arg(long, required_unless_present = "choices")]
+    data: Option<PathBuf>,
+    /// Multiple-choice questions, a .jsonl file of objects with query, choices and gold
+    #[arg(long, value_name = "FILE")]
+    choices: Option<PathBuf>,
     /// One JSON object on standard output
     #[arg(long)]
     json: bool,
@@ -372,11 +377,47 @@ fn any_model(path: &Path) -> anyhow::Result<(infer::Model, PathBuf)> {
 
 fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     let (model, tokenizer) = any_model(&args.model)?;
+    let (mut text, mut object) = (String::new(), serde_json::Map::new());
+    if let Some(path) = &args.data {
+        let (evaluation, bits) = eval_text(&model, &tokenizer, path)?;
+        object.insert("loss".into(), evaluation.loss.into());
+        object.insert("perplexity".into(), evaluation.perplexity().into());
+        object.insert("bits_per_byte".into(), bits.into());
+        object.insert("tokens".into(), evaluation.tokens.into());
+        object.insert("context".into(), evaluation.context.into());
+        let bits = bits.map(|bits| format!("{bits:.4}")).unwrap_or_else(|| "unknown (no tokenizer)".into());
+        writeln!(
+            text,
+            "loss {:.4} nats per token\nperplexity {:.3}\nbits per byte {bits}\ntokens {} in contexts of {}",
+            evaluation.loss,
+            evaluation.perplexity(),
+            evaluation.tokens,
+            evaluation.context
+        )?;
+    }
+    if let Some(path) = &args.choices {
+        let report = eval_choices(&model, &tokenizer, path)?;
+        object.insert("choices".into(), serde_json::to_value(report)?);
+        writeln!(text, "{report}")?;
+    }
+    let kernel = bitlinear::kernels::Kernel::active()?.name();
+    if args.json {
+        object.insert("kernel".into(), kernel.into());
+        return print(&serde_json::Value::Object(object).to_string());
+    }
+    print(&format!("{text}kernel {kernel}"))
+}
+
+/// How well a model predicts some text, with its bits a byte where there is a tokenizer.
+fn eval_text(
+    model: &infer::Model,
+    tokenizer: &Path,
+    path: &Path,
+) -> anyhow::Result<(infer::eval::Evaluation, Option<f64>)> {
     let vocab_size = model.config().vocab_size;
-    let is_tokens = data::is_token_file(&args.data);
     let tokenizer = if tokenizer.exists() {
-        TokenizerChoice::File { path: tokenizer, vocab_size: Some(vocab_size) }
-    } else if is_tokens {
+        TokenizerChoice::File { path: tokenizer.into(), vocab_size: Some(vocab_size) }
+    } else if data::is_token_file(path) {
         TokenizerChoice::None { vocab_size }
     } else {
         bail!(
@@ -385,39 +426,25 @@ fn eval(args: &EvalArgs) -> anyhow::Result<()> {
         );
     };
     let cache = tempfile::tempdir().context("a temporary folder cannot be made; system; free some space")?;
-    let settings = text_settings(vec![args.data.clone()], tokenizer, cache.path());
+    let settings = text_settings(vec![path.into()], tokenizer, cache.path());
     let dataset = data::prepare(&settings, &|_, _| {})?;
     let tokens = dataset.validation.tokens();
     let ids = tokens.get(0..tokens.len());
-    let evaluation = infer::eval::perplexity(
-        &model,
-        &ids,
-        model.config().max_position_embeddings,
-        infer::model::KvPrecision::F32,
-    )?;
+    let context = model.config().max_position_embeddings;
+    let evaluation = infer::eval::perplexity(model, &ids, context, infer::model::KvPrecision::F32)?;
     let bits = metrics::bits_per_byte(evaluation.loss, ids.len() as u64, dataset.validation_bytes);
-    let kernel = bitlinear::kernels::Kernel::active()?.name();
-    if args.json {
-        return print(
-            &json!({
-                "loss": evaluation.loss,
-                "perplexity": evaluation.perplexity(),
-                "bits_per_byte": bits,
-                "tokens": evaluation.tokens,
-                "context": evaluation.context,
-                "kernel": kernel,
-            })
-            .to_string(),
-        );
-    }
-    let bits = bits.map(|bits| format!("{bits:.4}")).unwrap_or_else(|| "unknown (no tokenizer)".into());
-    print(&format!(
-        "loss {:.4} nats per token\nperplexity {:.3}\nbits per byte {bits}\ntokens {} in contexts of {}\nkernel {kernel}",
-        evaluation.loss,
-        evaluation.perplexity(),
-        evaluation.tokens,
-        evaluation.context
-    ))
+    Ok((evaluation, bits))
+}
+
+/// How many questions a model gets right.
+fn eval_choices(model: &infer::Model, tokenizer: &Path, path: &Path) -> anyhow::Result<ChoicesReport> {
+    let questions = choices::read(path)?;
+    let (tokenizer, _) = data::load_tokenizer(tokenizer)?;
+    let mut progress = Progress::new("choices", 0, questions.len() as u64);
+    let report =
+        choices::evaluate(model, &tokenizer, &questions, |done| progress.update(done as u64, "", false))?;
+    progress.finish();
+    Ok(report)
 }
 
 /// Settings that read some text whole, as training and validation data alike.

@@ -7,11 +7,12 @@
 //! * [`parameters`], [`model`], [`optimizer`], [`schedule`]: what is trained and how; [`decoder`]: the same, fast;
 //! * [`train`]: the loop; [`metrics`], [`progress`], [`interrupt`]: what it tells and how it is stopped;
 //! * [`runtime`]: the trained model in the inference runtime; [`export`]: written out, and proven;
-//! * [`stories`]: what a model of the embedded corpus has learnt;
+//! * [`stories`]: what a model of the embedded corpus has learnt; [`choices`]: how it answers questions;
 //! * [`memory`]: what a run will need; [`bench`](mod@bench): how fast it is here;
 //! * [`cli`]: the command line.
 pub mod bench;
 pub mod checkpoint;
+pub mod choices;
 pub mod cli;
 pub mod config;
 pub mod corpus;

@@ -230,7 +230,7 @@ fn evaluation_and_export_are_fully_quantized_before_training_is() {
         let text = [&ids[..1], &targets[..]].concat();
         sum -= infer::eval::score(&model, &text).unwrap().into_iter().map(f64::from).sum::<f64>();
     }
-    let exported = sum / targets.len() as f64;
+    let exported = sum / batch.targets.len() as f64;
     assert!((exported - evaluated).abs() < 1e-5, "exported {exported}, evaluated {evaluated}");
 }
 
