@@ -14,6 +14,7 @@ mod conversation;
 mod encode;
 mod error;
 mod functions;
+mod guard;
 mod pack;
 mod template;
 mod windows;

@@ -2,12 +2,13 @@
 //!
 //! Templates are Jinja, written for the `transformers` library; they are rendered here as that library does, and bounded,
 //! since they come with models from elsewhere: in work and memory by fuel, in output by length, and they can read
-//! nothing but what they are given.
+//! nothing but what they are given. `guard` keeps them from the end of the stack.
 
 use super::super::DataError;
 use super::conversation::Message;
 use super::error::ChatError;
 use super::functions;
+use super::guard::{self, guarded};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, Error, ErrorKind, Value};
 use serde::Deserialize;
@@ -156,10 +157,12 @@ impl ChatTemplate {
         environment.set_recursion_limit(MAX_NESTING);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         functions::add(&mut environment);
+        guard::add(&mut environment);
         let bad = |source| ChatError::Template { path: path.clone(), source: Box::new(source) };
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(bad)?;
+        let source = guarded(source, &syntax).map_err(bad)?;
         environment.set_syntax(syntax);
-        environment.add_template_owned(TEMPLATE, without_generation(source)).map_err(bad)?;
+        environment.add_template_owned(TEMPLATE, source).map_err(bad)?;
         Ok(Self { environment, tokens, path })
     }
 
@@ -197,28 +200,6 @@ impl ChatTemplate {
         }
         Ok(text)
     }
-}
-
-/// Replaces `{% generation %}` and `{% endgeneration %}`, with which `transformers` marks what the assistant says, by a
-/// block that does nothing and treats white space in the same way. The marks are not used: few templates have them.
-fn without_generation(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let tag = &rest[start..start + length];
-        let word = tag[2..].trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
-        let with = match word {
-            "generation" => "with",
-            "endgeneration" => "endwith",
-            _ => word,
-        };
-        out.push_str(&rest[..start]);
-        out.push_str(&if with == word { tag.to_owned() } else { tag.replace(word, with) });
-        rest = &rest[start + length..];
-    }
-    out.push_str(rest);
-    out
 }
 
 #[cfg(test)]

@@ -119,11 +119,20 @@ fn refusals_of_a_template_are_told() {
 
 #[test]
 fn templates_that_are_none_are_refused_when_read() {
-    let nested = format!("{{{{ {}1{} }}}}", "(".repeat(100_000), ")".repeat(100_000));
-    let loops = "{% if true %}".repeat(100_000);
+    let long = |start: &str, part: &str, end: &str| [start, &part.repeat(20_000), end].concat();
+    let nested = long("{{ ", "(", "1 }}");
+    let loops = long("", "{% if true %}", "");
+    let chains = [
+        long("{{ 1", "+1", " }}"),
+        long("{{ ", "not ", "1 }}"),
+        long("{{ x", ".a", " }}"),
+        long("{{ [1]", "|list", " }}"),
+        long("{{ ", "1 if a else ", "2 }}"),
+        long("{% if a %}", "{% elif a %}", "{% endif %}"),
+    ];
     let sources =
         ["{% for %}", "{{", "{% generation %}", "{% include 'x' %}", "{% extends 'x' %}", &nested, &loops];
-    for source in sources {
+    for source in sources.into_iter().chain(chains.iter().map(String::as_str)) {
         match template(source) {
             Err(error @ ChatError::Template { .. }) => {
                 assert!(error.to_string().contains("; correct it"), "{error}");
@@ -133,28 +142,47 @@ fn templates_that_are_none_are_refused_when_read() {
     }
 }
 
-/// On a thread of the pool, whose stack is the smallest that a template meets.
+/// On a thread of 2 MiB, as those of the pool are.
 #[test]
 fn hostile_templates_end_with_an_error() {
-    let endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
-    let growing =
-        "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
-    let recursive = "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}";
-    let nested = "{% macro f(n) %}{% for a in [1] %}{% if true %}{% set x %}{{ f([n]) }}{% endset %}{% endif %}{% endfor %}{% endmacro %}{{ f(0) }}";
-    let long = "{% for a in range(20000) %}{{ 'x' * 1000 }}{% endfor %}";
-    let huge = "{{ 'x' * 100000000000 }}";
-    let wide = "{{ 'x'.ljust(100000000000) }}{{ ('a' * 100000).replace('a', 'b' * 100000) }}";
-    let list = "{{ range(10000000000) | list | length }}";
-    let format = "{{ '%1000000000d' | format(1) }}";
-    for source in [endless, growing, recursive, nested, long, huge, wide, list, format] {
-        let started = std::time::Instant::now();
-        let failed = std::thread::Builder::new()
-            .stack_size(2 << 20)
-            .spawn(move || render(source).map(|text| text.len()))
-            .unwrap()
-            .join()
-            .unwrap();
-        assert!(failed.is_err(), "{source}: {failed:?}");
-        assert!(started.elapsed().as_secs() < 20, "{source}");
+    let set = |value: &str| {
+        format!(
+            "{{% set ns = namespace(x=[1]) %}}{{% for a in range(90000) %}}{{% set ns.x = {value} %}}{{% endfor %}}{{{{ ns.x }}}}"
+        )
+    };
+    let mut sources = vec![
+        // Endless.
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}".to_owned(),
+        // Large.
+        set("ns.x ~ ns.x"),
+        "{% for a in range(20000) %}{{ 'x' * 1000 }}{% endfor %}".into(),
+        "{{ 'x' * 100000000000 }}".into(),
+        "{{ ('a' * 100000).replace('a', 'b' * 100000) }}".into(),
+        "{{ range(10000000000) | list | length }}".into(),
+        "{{ '%1000000000d' | format(1) }}".into(),
+        // Deep.
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}".into(),
+        "{% macro f(n) %}{% for a in [1] %}{% if true %}{% set x %}{{ f([n]) }}{% endset %}{% endif %}{% endfor %}{% endmacro %}{{ f(0) }}".into(),
+        "{% for a in [1] recursive %}{{ loop([[a]]) }}{% endfor %}".into(),
+        format!("{{{{ {}x.y.z }}}}", "not ".repeat(980)),
+        "{% set x = [x] %}".repeat(20_000) + "{{ x }}",
+        "{% set x = namespace(x=x) %}".repeat(20_000) + "{{ x }}",
+        "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns | tojson }}".into(),
+        "{% set ns = namespace() %}{% set ns.x = [{'a': ns}] %}{{ ns }}".into(),
+        "{% set a, b = namespace(), 1 %}".into(),
+    ];
+    sources.extend(["[ns.x]", "{'a': ns.x}", "[ns.x, ns.x]", "[ns.x][0:]", "(ns.x,)"].map(set));
+    for source in sources {
+        let (name, started) = (source.chars().take(90).collect::<String>(), std::time::Instant::now());
+        let thread = std::thread::Builder::new().stack_size(2 << 20);
+        let rendered = thread.spawn(move || render(&source).map(|text| text.len())).unwrap().join().unwrap();
+        assert!(rendered.is_err(), "{name}: {rendered:?}");
+        assert!(started.elapsed().as_secs() < 20, "{name}");
+    }
+    // Views of views are lists, however many there are.
+    for value in ["ns.x[0:]", "ns.x | reverse", "ns.x + []", "[ns.x[0:]][0][0:]"] {
+        let source = set(value).replace("90000", "9000");
+        let thread = std::thread::Builder::new().stack_size(2 << 20);
+        assert_eq!(thread.spawn(move || render(&source)).unwrap().join().unwrap().unwrap(), "[1]", "{value}");
     }
 }
