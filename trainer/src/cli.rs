@@ -16,8 +16,8 @@ use crate::export::{self, ExportError, Which};
 use crate::import;
 use crate::interrupt::Interrupt;
 use crate::memory::Estimate;
-use crate::report::Report;
 use crate::progress::Progress;
+use crate::report::Report;
 use crate::run_dir::{RunPaths, write_atomic};
 use crate::runtime::{RuntimeError, runnable};
 use crate::train::{Outcome, Resume, Session, TrainError, prepare_data};
@@ -259,8 +259,8 @@ fn describe(config: &Config, dataset: &Dataset) -> anyhow::Result<()> {
     );
     eprintln!(
         "data: {} training tokens in {windows} windows, {} for validation",
-        dataset.train.tokens().len(),
-        dataset.validation.tokens().len()
+        dataset.train.tokens(),
+        dataset.validation.tokens()
     );
     eprintln!(
         "training: {} steps of {tokens} tokens, {:.2} epochs, seed {}, {} threads, kernel {}, dense products in {}",
@@ -428,8 +428,7 @@ fn eval_text(
     let cache = tempfile::tempdir().context("a temporary folder cannot be made; system; free some space")?;
     let settings = text_settings(vec![path.into()], tokenizer, cache.path());
     let dataset = data::prepare(&settings, &|_, _| {})?;
-    let tokens = dataset.validation.tokens();
-    let ids = tokens.get(0..tokens.len());
+    let ids = dataset.validation.ids();
     let context = model.config().max_position_embeddings;
     let evaluation = infer::eval::perplexity(model, &ids, context, infer::model::KvPrecision::F32)?;
     let bits = metrics::bits_per_byte(evaluation.loss, ids.len() as u64, dataset.validation_bytes);
@@ -474,7 +473,7 @@ fn tokenizer(args: &TokenizerArgs) -> anyhow::Result<()> {
     let dataset = data::prepare(&text_settings(args.data.clone(), choice, cache.path()), &|_, _| {})?;
     let json = dataset.tokenizer_json.unwrap_or_default();
     write_atomic(&args.out, &json)?;
-    let (tokens, bytes) = (dataset.train.tokens().len(), dataset.train_bytes.unwrap_or_default());
+    let (tokens, bytes) = (dataset.train.tokens(), dataset.train_bytes.unwrap_or_default());
     print(&format!(
         "{}: {} entries; the text is {tokens} tokens, {:.2} bytes each",
         args.out.display(),

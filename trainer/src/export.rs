@@ -283,7 +283,7 @@ fn write_and_prove(
     }
     let windows = dataset.validation.evaluation(config.eval.windows as u64);
     let loss = validation_loss(model, parameters, &dataset.validation, &windows, config.eval.batch_size)?;
-    let tokens = dataset.validation.tokens().len() as u64;
+    let tokens = dataset.validation.tokens();
     let weights = temp.join(hf::WEIGHTS);
     let report = Report {
         path: out.into(),
@@ -313,7 +313,7 @@ pub fn compare(trained: &Trained, dataset: &Dataset, model: &infer::Model) -> Re
     let (mut max_difference, mut kl, mut same, mut positions) = (0f64, 0f64, 0usize, 0usize);
     let (mut greedy_tokens, mut greedy_equal) = (0, 0);
     for window in dataset.validation.evaluation(WINDOWS) {
-        let (ids, _) = dataset.validation.batch(&[window]);
+        let ids = dataset.validation.batch(&[window]).ids;
         let ours = trainer_logits(&ids)?;
         let mut cache = KvCache::new(model, ids.len()).map_err(runtime)?;
         let theirs = model.forward(&ids, &mut cache, Logits::All).map_err(runtime)?;

@@ -102,11 +102,7 @@ fn row(
         model: name,
         loss,
         perplexity: loss.exp(),
-        bits_per_byte: bits_per_byte(
-            loss,
-            dataset.validation.tokens().len() as u64,
-            dataset.validation_bytes,
-        ),
+        bits_per_byte: bits_per_byte(loss, dataset.validation.tokens(), dataset.validation_bytes),
         bytes: runnable.bytes_per_token() + embedding,
         tokens_per_second: bench(&runnable, &options)?.generation.median,
     })

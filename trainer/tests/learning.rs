@@ -11,6 +11,7 @@ use common::{checkpoint, config, folder, metrics, names};
 use infer::checkpoint::hf;
 use safetensors::SafeTensors;
 use trainer::config::{Config, HiddenAct, Quantization, QuantizationWarmup};
+use trainer::data::Batch;
 use trainer::data::Dataset;
 use trainer::export::{self, ExportError, Trained, Which};
 use trainer::interrupt::Interrupt;
@@ -211,7 +212,7 @@ fn evaluation_and_export_are_fully_quantized_before_training_is() {
     let evaluated = metrics.last().unwrap()["loss"].as_f64().unwrap();
 
     let windows = dataset.validation.evaluation(8);
-    let batch = dataset.validation.whole_batch(&windows);
+    let batch = dataset.validation.batch(&windows);
     let at = |lambda| {
         let shares = Shares { quantization: lambda, sub_norm: 1.0 };
         let loss = trained.model.loss(&trained.parameters, &batch, shares).unwrap();
@@ -226,7 +227,7 @@ fn evaluation_and_export_are_fully_quantized_before_training_is() {
     assert!(report.parity.passes() && report.parity.positions > 0 && report.parity.greedy_tokens > 0);
     let model = hf::read(&out).unwrap();
     let mut sum = 0.0;
-    for (ids, targets) in windows.iter().map(|window| dataset.validation.batch(&[*window])) {
+    for Batch { ids, targets, .. } in windows.iter().map(|window| dataset.validation.batch(&[*window])) {
         let text = [&ids[..1], &targets[..]].concat();
         sum -= infer::eval::score(&model, &text).unwrap().into_iter().map(f64::from).sum::<f64>();
     }

@@ -113,6 +113,7 @@ fn add_weighted(weights: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
     // As many elements at a time as stay in registers while all rows pass.
     let done = add_chunks::<128>(weights, rows, stride, 0, out);
     let done = add_chunks::<32>(weights, rows, stride, done, out);
+    let done = add_chunks::<8>(weights, rows, stride, done, out);
     let rest = &mut out[done..];
     if !rest.is_empty() {
         for (j, weight) in weights.iter().enumerate() {

@@ -127,6 +127,7 @@ fn through_memory(lanes: [f32; LANES]) -> [f32; LANES] {
 pub fn dots<T: Widen>(rows: &[T], stride: usize, x: &[f32], out: &mut [f32]) {
     // The usual widths of a head: `x` stays in registers.
     match x.len() {
+        8 => half_dots(rows, stride, x, out),
         64 => whole_dots::<4, T>(rows, stride, x, out),
         128 => whole_dots::<8, T>(rows, stride, x, out),
         _ => {
@@ -134,6 +135,18 @@ pub fn dots<T: Widen>(rows: &[T], stride: usize, x: &[f32], out: &mut [f32]) {
                 *out = dot(&rows[j * stride..][..x.len()], x);
             }
         }
+    }
+}
+
+/// [`dots`] of 8 elements, the heads of very small models: the other lanes of [`reduce`] would be zeros.
+#[inline(always)]
+fn half_dots<T: Widen>(rows: &[T], stride: usize, x: &[f32], out: &mut [f32]) {
+    let x: [f32; 8] = std::array::from_fn(|lane| x[lane]);
+    for (j, out) in out.iter_mut().enumerate() {
+        let row = &rows[j * stride..][..8];
+        let eight: [f32; 8] = std::array::from_fn(|lane| row[lane].widen().mul_add(x[lane], 0.0));
+        let four: [f32; 4] = std::array::from_fn(|lane| eight[lane] + eight[lane + 4]);
+        *out = (four[0] + four[2]) + (four[1] + four[3]);
     }
 }
 

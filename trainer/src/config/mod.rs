@@ -10,7 +10,7 @@ mod validate;
 
 pub use error::{ConfigError, Origin};
 
-use crate::data::DocumentSplit;
+use crate::data::{DocumentSplit, Reduction};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -309,6 +309,9 @@ pub enum DataSource {
     Stories,
     /// Text sampled from the teacher (`distill.teacher`), for those who have none: data-free distillation.
     Teacher,
+    /// Conversations in the `.jsonl` files of `train`, `messages` or `prompt` and `completion`, of which the assistant's
+    /// tokens are learnt. The chat template is that of `init.from`.
+    Chat,
 }
 
 /// `[tokenizer]`: a given tokenizer, or the size of one to train.
@@ -342,6 +345,8 @@ pub struct TrainConfig {
     pub precision: Precision,
     /// What a step keeps for its backward. Default: `"none"`.
     pub recompute: Recompute,
+    /// How losses of conversations' tokens become that of a step; of plain text it is the mean. Default: `"mean"`.
+    pub reduction: Reduction,
     /// Largest L2 norm of the whole gradient: `g *= min(1, gradient_clip / |g|)`; 0 = off. Default: `1.0`.
     pub gradient_clip: f64,
     /// Steps between two progress lines. Default: `10`.
@@ -358,6 +363,7 @@ impl Default for TrainConfig {
             gradient_accumulation: 1,
             precision: Precision::Fast,
             recompute: Recompute::None,
+            reduction: Reduction::Mean,
             gradient_clip: 1.0,
             log_every: 10,
             max_skipped_steps: 5,

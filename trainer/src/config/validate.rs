@@ -117,9 +117,19 @@ impl Config {
         }
         let (files, stories) = (("data.source", "files"), ("data.source", "stories"));
         match data.source {
-            DataSource::Files if data.train.is_empty() => {
+            DataSource::Files | DataSource::Chat if data.train.is_empty() => {
                 let rule = "name files or folders, as in --set data.train=PATH";
-                Err(conflict(("data.train", &data.train), files, rule))
+                let chat = ("data.source", "chat");
+                let source = if data.source == DataSource::Chat { chat } else { files };
+                Err(conflict(("data.train", &data.train), source, rule))
+            }
+            DataSource::Chat if self.init.from.is_none() => {
+                let rule = "name the model to fine-tune: it brings tokenizer and chat template";
+                Err(conflict(("init.from", "absent"), ("data.source", "chat"), rule))
+            }
+            DataSource::Chat if self.train.precision == Precision::F32 => {
+                let rule = "conversations are part of the fast step only: leave train.precision out";
+                Err(conflict(("train.precision", "f32"), ("data.source", "chat"), rule))
             }
             DataSource::Stories if !data.train.is_empty() => {
                 let rule = "set data.source = \"files\" to train on these paths";

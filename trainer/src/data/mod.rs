@@ -13,13 +13,16 @@ mod cache;
 pub mod chat;
 mod encode;
 mod error;
+mod rows;
 pub(crate) mod source;
 mod tokenizer;
 mod tokens;
 mod windows;
 
 pub use batch::{Batch, Reduction};
+pub use chat::ChatWindows;
 pub use error::DataError;
+pub use rows::Rows;
 pub use source::{DocumentSplit, Width, is_token_file};
 pub use tokenizer::{END_OF_TEXT, end_of_text_id, token_byte_table, token_bytes, vocabulary_size};
 pub use tokenizer::{load as load_tokenizer, train as train_tokenizer};
@@ -100,10 +103,10 @@ pub struct Dataset {
     pub vocab_size: usize,
     /// The token after each document.
     pub separator: Option<u32>,
-    /// Training windows.
-    pub train: Windows,
-    /// Validation windows.
-    pub validation: Windows,
+    /// Training rows.
+    pub train: Rows,
+    /// Validation rows.
+    pub validation: Rows,
     /// Bytes of text behind the training tokens, separators counting 0; unknown without a tokenizer.
     pub train_bytes: Option<u64>,
     /// Bytes of text behind the validation tokens.
@@ -183,8 +186,8 @@ pub fn prepare(settings: &DataSettings, progress: &dyn Fn(u64, u64)) -> Result<D
     Ok(Dataset {
         vocab_size,
         separator,
-        train: Windows::new(splits.train, settings.sequence_length, "training")?,
-        validation: Windows::new(splits.validation, settings.sequence_length, "validation")?,
+        train: Rows::Text(Windows::new(splits.train, settings.sequence_length, "training")?),
+        validation: Rows::Text(Windows::new(splits.validation, settings.sequence_length, "validation")?),
         train_bytes: splits.train_bytes,
         validation_bytes: splits.validation_bytes,
         dataset_hash: splits.hash,

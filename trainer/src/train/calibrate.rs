@@ -5,7 +5,7 @@ use candle_core::{Device, Tensor};
 use infer::config::ModelConfig;
 
 use super::TrainError;
-use crate::data::Windows;
+use crate::data::Rows;
 use crate::decoder::{Decoder, StepWeights};
 use crate::parameters::Parameters;
 use crate::schedule::Shares;
@@ -47,19 +47,15 @@ impl Sums {
 ///
 /// # Errors
 /// No kernel can run, or candle cannot change a tensor.
-pub(super) fn calibrate(
-    shape: &ModelConfig,
-    parameters: &Parameters,
-    windows: &Windows,
-) -> Result<(), TrainError> {
+pub(super) fn calibrate(shape: &ModelConfig, parameters: &Parameters, rows: &Rows) -> Result<(), TrainError> {
     let (width, ffn, eps) = (shape.attention_width(), shape.intermediate_size, shape.rms_norm_eps);
     let mut sums: Vec<_> = (0..shape.num_hidden_layers).map(|_| [Sums::new(width), Sums::new(ffn)]).collect();
     let values = parameters.values()?;
     // The model as it was: nothing is quantized, and what goes into a sub-norm comes out.
     let weights = StepWeights::new(shape, &values, Shares { quantization: 0.0, sub_norm: 0.0 })?;
-    let mut decoder = Decoder::new(shape.clone(), windows.sequence_length(), true);
-    for chosen in windows.evaluation(WINDOWS).chunks(BATCH) {
-        let read = decoder.read(&weights, &windows.whole_batch(chosen), |layer, saved| {
+    let mut decoder = Decoder::new(shape.clone(), rows.sequence_length(), true);
+    for chosen in rows.evaluation(WINDOWS).chunks(BATCH) {
+        let read = decoder.read(&weights, &rows.batch(chosen), |layer, saved| {
             let [attention, mlp] = &mut sums[layer];
             saved.attended().chunks_exact(width).for_each(|x| attention.add(x, eps));
             let [gate, up] = saved.gate_up();

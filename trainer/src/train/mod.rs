@@ -22,6 +22,7 @@ pub use state::{Best, TrainState};
 use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
 use crate::data::DataError;
+use crate::data::chat::ChatError;
 use crate::import::ImportError;
 use crate::interrupt::{InterruptError, Signal};
 use crate::parameters::ParameterError;
@@ -58,6 +59,9 @@ pub enum TrainError {
     /// The data.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// Conversations.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
     /// The model to start from.
     #[error(transparent)]
     Import(#[from] ImportError),

@@ -14,6 +14,7 @@ use super::{Outcome, Resume, TrainError};
 use crate::checkpoint::{Checkpoint, CheckpointStore, Part};
 use crate::config::{Config, DataSource, SubNormStart};
 use crate::corpus::Grammar;
+use crate::data::chat::ChatSettings;
 use crate::data::{self, DataSettings, Dataset, Source, TokenizerChoice};
 use crate::import;
 use crate::interrupt::Interrupt;
@@ -52,12 +53,51 @@ pub struct Session {
 /// # Errors
 /// The data cannot be used.
 pub fn prepare_data(config: &Config) -> Result<Dataset, TrainError> {
+    let progress = std::cell::RefCell::new(None);
+    let show = |what, unit| {
+        let progress = &progress;
+        move |done, total| {
+            let mut progress = progress.borrow_mut();
+            progress.get_or_insert_with(|| Progress::new(what, 0, total)).update(done, unit, false);
+        }
+    };
+    let dataset = match (config.data.source, &config.init.from) {
+        (DataSource::Chat, Some(folder)) => {
+            let settings = chat_settings(config, Path::new(folder));
+            data::chat::prepare_chat(&settings, &show("tokenizing", "conversations"))?.into()
+        }
+        _ => data::prepare(&text_settings(config)?, &show("tokenizing", "bytes"))?,
+    };
+    if let Some(progress) = progress.into_inner() {
+        progress.finish();
+    }
+    for warning in &dataset.warnings {
+        eprintln!("warning: {warning}");
+    }
+    Ok(dataset)
+}
+
+fn chat_settings(config: &Config, folder: &Path) -> ChatSettings {
+    let data = &config.data;
+    ChatSettings {
+        train: data.train.clone(),
+        validation: data.validation.clone(),
+        validation_fraction: data.validation_fraction,
+        folder: folder.into(),
+        vocab_size: config.model.vocab_size,
+        sequence_length: data.sequence_length,
+        seed: config.run.seed,
+        now: None,
+    }
+}
+
+fn text_settings(config: &Config) -> Result<DataSettings, TrainError> {
     let data = &config.data;
     let train = match data.source {
         DataSource::Stories => {
             Source::Documents(Grammar::embedded().stories(data.stories_seed, data.stories_bytes))
         }
-        DataSource::Files => Source::Paths(data.train.clone()),
+        DataSource::Files | DataSource::Chat => Source::Paths(data.train.clone()),
         DataSource::Teacher => match import::teacher_folder(config) {
             Some(folder) => Source::Paths(teacher::write_text(folder, data)?),
             None => Source::Paths(Vec::new()),
@@ -76,7 +116,7 @@ pub fn prepare_data(config: &Config) -> Result<Dataset, TrainError> {
         }
         None => TokenizerChoice::Train { vocab_size: config.tokenizer.trained_size() },
     };
-    let settings = DataSettings {
+    Ok(DataSettings {
         train,
         validation: (!data.validation.is_empty()).then(|| Source::Paths(data.validation.clone())),
         validation_fraction: data.validation_fraction,
@@ -86,21 +126,7 @@ pub fn prepare_data(config: &Config) -> Result<Dataset, TrainError> {
         separator: data.separator.clone(),
         sequence_length: data.sequence_length,
         cache_dir: data.cache_dir.clone(),
-    };
-    let progress = std::cell::RefCell::new(None);
-    let dataset = data::prepare(&settings, &|done, total| {
-        progress
-            .borrow_mut()
-            .get_or_insert_with(|| Progress::new("tokenizing", 0, total))
-            .update(done, "bytes", false);
-    })?;
-    if let Some(progress) = progress.into_inner() {
-        progress.finish();
-    }
-    for warning in &dataset.warnings {
-        eprintln!("warning: {warning}");
-    }
-    Ok(dataset)
+    })
 }
 
 impl Session {
@@ -205,12 +231,13 @@ impl Session {
         let Self { config, learner, dataset, state, .. } = self;
         let at = state.step;
         state.step += 1;
-        let batches: Vec<_> = (0..config.train.gradient_accumulation)
+        let mut batches: Vec<_> = (0..config.train.gradient_accumulation)
             .map(|_| {
                 let chosen = state.sampler.next_batch(dataset.train.count(), config.train.batch_size);
-                dataset.train.whole_batch(&chosen)
+                dataset.train.batch(&chosen)
             })
             .collect();
+        config.train.reduction.scale(&mut batches);
         let step = learner.step(config, at, &batches)?;
         state.updates = learner.optimizer.updates();
         Ok(step)
@@ -244,7 +271,7 @@ impl Session {
                 relations: (config.distill.relations > 0.0 && distill).then_some(step.loss.relations),
                 bits_per_byte: bits_per_byte(
                     step.loss.cross_entropy,
-                    train.tokens().len() as u64,
+                    train.tokens(),
                     self.dataset.train_bytes,
                 ),
                 learning_rate: schedule::learning_rate(config, done - 1),
@@ -297,7 +324,7 @@ impl Session {
         let codes = Codes::of(&self.learner.parameters)?;
         let quantized = self.learner.model.config().quantized;
         let validation = &self.dataset.validation;
-        let bpb = bits_per_byte(loss, validation.tokens().len() as u64, self.dataset.validation_bytes);
+        let bpb = bits_per_byte(loss, validation.tokens(), self.dataset.validation_bytes);
         let step = self.state.step;
         self.metrics.append(&Record::Eval(EvalRecord {
             step,
@@ -384,24 +411,26 @@ fn first_parameters(
     Ok(parameters)
 }
 
-/// Mean loss, in nats a token, over some windows, fully quantized.
+/// Mean loss, in nats a learnt token, over some rows, fully quantized; NaN if none is learnt.
 ///
 /// # Errors
 /// candle fails.
 pub fn validation_loss(
     model: &Model,
     parameters: &Parameters,
-    windows: &data::Windows,
+    rows: &data::Rows,
     chosen: &[u64],
     batch_size: usize,
 ) -> Result<f64, TrainError> {
-    let (mut sum, mut count) = (0.0, 0u64);
-    for batch in chosen.chunks(batch_size) {
-        let losses = model.losses(parameters, &windows.whole_batch(batch))?;
-        sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
-        count += losses.len() as u64;
+    let (mut sum, mut count) = (0.0, 0.0);
+    for chosen in chosen.chunks(batch_size) {
+        let batch = rows.batch(chosen);
+        let losses = model.losses(parameters, &batch)?;
+        let weight = |token: usize| batch.weights.as_ref().map_or(1.0, |weights| f64::from(weights[token]));
+        sum += losses.iter().enumerate().map(|(token, loss)| weight(token) * f64::from(*loss)).sum::<f64>();
+        count += (0..losses.len()).map(weight).sum::<f64>();
     }
-    Ok(sum / count as f64)
+    Ok(sum / count)
 }
 
 /// The newest whole checkpoint; the user hears of those that were passed over.

@@ -26,6 +26,7 @@ pub use windows::ChatWindows;
 
 use super::source::{self, Files};
 use super::{DataError, end_of_text_id, load_chosen};
+use super::{Dataset, Rows};
 use conversation::{Conversation, Text};
 use encode::{Encoder, Example};
 use rayon::prelude::*;
@@ -80,6 +81,24 @@ pub struct ChatDataset {
     pub tokenizer_hash: String,
     /// What the user should hear of, worded as errors are.
     pub warnings: Vec<String>,
+}
+
+impl From<ChatDataset> for Dataset {
+    fn from(chat: ChatDataset) -> Self {
+        Self {
+            tokenizer: Some(chat.tokenizer),
+            tokenizer_json: Some(chat.tokenizer_json),
+            vocab_size: chat.vocab_size,
+            separator: chat.eos,
+            train: Rows::Chat(chat.train),
+            validation: Rows::Chat(chat.validation),
+            train_bytes: None,
+            validation_bytes: None,
+            dataset_hash: chat.dataset_hash,
+            tokenizer_hash: Some(chat.tokenizer_hash),
+            warnings: chat.warnings,
+        }
+    }
 }
 
 /// Reads, renders, tokenizes and packs conversations.

@@ -57,6 +57,11 @@ impl ChatWindows {
         self.ids.len() as u64
     }
 
+    /// Those tokens, one example after the other.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
     /// Tokens that are learnt: those of the assistant that have one before them in their example.
     pub fn learnt(&self) -> u64 {
         let targets = |range: &Range<usize>| &self.assistant[range.start + 1..range.end];
