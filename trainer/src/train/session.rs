@@ -175,7 +175,9 @@ impl Session {
         }
         write_atomic(&paths.config(), config.to_toml()?.as_bytes())?;
         let (metrics, _) = MetricsLog::resume(&paths.metrics(), state.step)?;
-        let teacher = match import::teacher_folder(config) {
+        // One that only writes text is not needed any more.
+        let teaches = config.distill.logits + config.distill.relations > 0.0;
+        let teacher = match import::teacher_folder(config).filter(|_| teaches) {
             Some(folder) => {
                 Some(Teacher::load(folder, &config.distill, config.data.sequence_length, &shape)?)
             }
