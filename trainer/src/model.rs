@@ -64,7 +64,11 @@ impl Model {
             let norm = |x: &Tensor, name: &str| autograd::rms_norm(x, &get(name)?, eps);
             let sub_norm = |x: &Tensor, name: &str| match shares.sub_norm {
                 1.0 => norm(x, name),
-                share => x + ((norm(x, name)? - x)? * f64::from(share))?,
+                // A tensor: candle takes a product with the number 0 for the end of the graph, and the gain would be cut off.
+                share => {
+                    let share = Tensor::new(&[share], &Device::Cpu)?;
+                    x + (norm(x, name)? - x)?.broadcast_mul(&share)?
+                }
             };
             let linear = |x: &Tensor, name: &str| {
                 let ternary = config.is_ternary(&format!("model.layers.{layer}.{name}"));
