@@ -271,7 +271,8 @@ fn describe(config: &Config, dataset: &Dataset) -> anyhow::Result<()> {
         bitlinear::kernels::Kernel::active()?.name(),
         dense_products(config)
     );
-    let memory = Estimate::new(config, &shape);
+    let teacher = import::teacher_folder(config).map(infer::checkpoint::hf::read_config).transpose()?;
+    let memory = Estimate::new(config, &shape, teacher.as_ref().map(|(teacher, _)| teacher));
     eprintln!(
         "memory: about {} MiB at the peak: {} for parameters and optimizer, {} for activations, {} for buffers",
         memory.total() >> 20,
@@ -489,7 +490,7 @@ fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     use_threads(config.run.threads)?;
     let vocab_size = config.model.vocab_size.unwrap_or(config.tokenizer.trained_size());
     let shape = crate::runtime::model_config(&config, vocab_size, None)?;
-    Estimate::new(&config, &shape).check()?;
+    Estimate::new(&config, &shape, None).check()?;
     let report = crate::bench::run(&config, &shape, args.repetitions)?;
     let kernel = bitlinear::kernels::Kernel::active()?.name();
     let crate::bench::BenchReport { tokens, tokens_per_second: rate, parts, peak, peak_memory, .. } = &report;
