@@ -7,7 +7,8 @@ use infer::checkpoint::{CheckpointError, hf};
 use infer::config::{ModelConfig, Storage};
 use infer::model::Projection;
 
-use crate::config::{self, Config, HiddenAct, Quantization};
+use crate::config::{self, Config, DataSource, HiddenAct, SubNormStart};
+use crate::data::is_token_file;
 use crate::parameters::{ParameterError, Parameters};
 
 /// Why a model cannot be started from.
@@ -26,7 +27,7 @@ pub enum ImportError {
     #[error("{key} is {asked} in the config and {found} in the model; {}; leave the key out: an imported model brings its shape", path.display())]
     Shape {
         /// The key.
-        key: &'static str,
+        key: String,
         /// What the config says.
         asked: String,
         /// What the model has.
@@ -60,6 +61,9 @@ pub enum ImportError {
         /// The teacher's folder.
         path: PathBuf,
     },
+    /// Text, and nothing to make tokens of it with.
+    #[error("there is no tokenizer.json, by which the model reads text; {}; put it there, or name it as tokenizer.file", .0.display())]
+    NoTokenizer(PathBuf),
     /// A teacher that is itself quantized.
     #[error("the teacher's weights are ternary; {}; take the full-precision model", .0.display())]
     QuantizedTeacher(PathBuf),
@@ -128,9 +132,22 @@ pub fn complete(config: &mut Config) -> Result<(), ImportError> {
         let folders = [config.init.from.as_deref().map(Path::new), teacher_folder(config)];
         let files: Vec<_> =
             folders.into_iter().flatten().map(|folder| folder.join("tokenizer.json")).collect();
-        config.tokenizer.file = files.into_iter().find(|file| file.exists());
+        config.tokenizer.file = files.iter().find(|file| file.exists()).cloned();
+        // A tokenizer trained on the text would have other tokens under the same ids.
+        if let (None, Some(file), true) = (&config.tokenizer.file, files.first(), reads_text(config)) {
+            return Err(ImportError::NoTokenizer(file.clone()));
+        }
     }
     Ok(config.validate()?)
+}
+
+/// Whether the run's training data is text, not tokens.
+fn reads_text(config: &Config) -> bool {
+    match config.data.source {
+        DataSource::Files => !config.data.train.iter().all(|path| is_token_file(path)),
+        DataSource::Stories | DataSource::Chat => true,
+        DataSource::Teacher => false,
+    }
 }
 
 /// Where the teacher is, if there is one.
@@ -184,30 +201,28 @@ fn adopt(config: &mut Config, folder: &Path) -> Result<(), ImportError> {
     };
     refuse_other_shape(&asked, &found, folder)?;
     config.model = found;
+    if config.quantization.skip.is_empty() {
+        config.quantization.skip = shape.modules_to_not_convert;
+    }
+    if shape.sub_norm {
+        // They are part of the model already.
+        config.init.sub_norm = SubNormStart::One;
+    }
     Ok(())
 }
 
-/// Refuses sizes that somebody set, to something else than the model has. What is as by default was not set.
+/// Refuses what somebody set to something else than the model has. What is as by default was not set.
 fn refuse_other_shape(
     asked: &config::ModelConfig,
     found: &config::ModelConfig,
     folder: &Path,
 ) -> Result<(), ImportError> {
-    let default = config::ModelConfig::default();
-    let sizes = |m: &config::ModelConfig| {
-        [
-            ("model.hidden_size", m.hidden_size),
-            ("model.intermediate_size", m.intermediate_size),
-            ("model.num_hidden_layers", m.num_hidden_layers),
-            ("model.num_attention_heads", m.num_attention_heads),
-            ("model.vocab_size", m.vocab_size.unwrap_or(0)),
-        ]
-    };
-    for (((key, asked), (_, found)), (_, default)) in
-        sizes(asked).into_iter().zip(sizes(found)).zip(sizes(&default))
-    {
-        if asked != found && asked != default {
-            let (asked, found) = (asked.to_string(), found.to_string());
+    let table = |model| toml::Table::try_from(model).map_err(config::ConfigError::Write);
+    let (asked, found, default) = (table(asked)?, table(found)?, table(&config::ModelConfig::default())?);
+    for (key, value) in &asked {
+        if found.get(key) != Some(value) && default.get(key) != Some(value) {
+            let found = found.get(key).map_or_else(|| "absent".into(), ToString::to_string);
+            let (key, asked) = (format!("model.{key}"), value.to_string());
             return Err(ImportError::Shape { key, asked, found, path: folder.into() });
         }
     }
@@ -219,12 +234,12 @@ fn refuse_other_shape(
 ///
 /// # Errors
 /// The shape has no place for a tensor.
-pub fn start(config: &Config, shape: &ModelConfig, imported: &Imported) -> Result<Parameters, ImportError> {
+pub fn start(shape: &ModelConfig, imported: &Imported) -> Result<Parameters, ImportError> {
     let packed = matches!(imported.storage, Storage::PackedMultiply | Storage::PackedDivide);
-    let spread = packed && config.model.quantization == Quantization::Bitnet;
     let copied = imported.parameters.to_vecs().map_err(ParameterError::from)?;
     let values = copied.into_iter().map(|(name, role, _, mut values)| {
-        if spread && role.is_projection() {
+        let module = name.strip_suffix(".weight").filter(|_| role.is_projection());
+        if packed && module.is_some_and(|module| shape.is_ternary(module)) {
             let dense = values.iter().filter(|w| **w != 0.0).count().max(1) as f32 / values.len() as f32;
             values.iter_mut().for_each(|w| *w /= dense);
         }

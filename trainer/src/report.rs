@@ -2,13 +2,13 @@
 use std::collections::BTreeMap;
 
 use infer::bench::{BenchError, BenchOptions, bench};
-use infer::config::ModelConfig;
+use infer::config::{ModelConfig, Storage};
 use infer::model::KvPrecision;
 use serde::Serialize;
 
 use crate::data::Dataset;
 use crate::export::Trained;
-use crate::import::Imported;
+use crate::import::{self, ImportError, Imported};
 use crate::metrics::bits_per_byte;
 use crate::model::Model;
 use crate::parameters::Parameters;
@@ -24,6 +24,9 @@ pub enum ReportError {
     /// The loss cannot be computed.
     #[error(transparent)]
     Train(#[from] TrainError),
+    /// The imported model does not start.
+    #[error(transparent)]
+    Import(#[from] ImportError),
     /// A model does not become runnable.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
@@ -52,10 +55,11 @@ pub struct Row {
 /// A conversion's report.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// The model as imported, as ternarized without training, and as trained.
+    /// The model as imported (a BitNet as it is run), as ternarized without training, and as trained.
     pub rows: Vec<Row>,
-    /// Share of the loss that ternarization cost and training won back: `(naive - trained) / (naive - imported)`.
-    pub gap_closed: f64,
+    /// Share of the loss that ternarization cost and training won back: `(naive - trained) / (naive - imported)`; none where
+    /// the imported model was a BitNet already.
+    pub gap_closed: Option<f64>,
     /// Shares of codes of each projection, and of codes that differ from the naive ones.
     pub projections: BTreeMap<String, CodeShares>,
 }
@@ -66,14 +70,20 @@ impl Report {
     /// # Errors
     /// A model cannot be evaluated or run.
     pub fn new(imported: &Imported, trained: &Trained, dataset: &Dataset) -> Result<Self, ReportError> {
-        let naive = ModelConfig { quantized: true, ..imported.shape.clone() };
         let row = |model, shape: &ModelConfig, parameters| row(model, shape, parameters, trained, dataset);
-        let rows = vec![
-            row("imported", &imported.shape, &imported.parameters)?,
-            row("ternarized, untrained", &naive, &imported.parameters)?,
-            row("trained", trained.model.config(), &trained.parameters)?,
-        ];
-        let gap_closed = (rows[1].loss - rows[2].loss) / (rows[1].loss - rows[0].loss);
+        // The same projections as in the trained model, or all.
+        let modules_to_not_convert = trained.model.config().modules_to_not_convert.clone();
+        let naive = ModelConfig { quantized: true, modules_to_not_convert, ..imported.shape.clone() };
+        let start = import::start(&naive, imported)?;
+        let last = row("trained", trained.model.config(), &trained.parameters)?;
+        let (rows, gap_closed) = if imported.storage == Storage::Dense {
+            let first = row("imported", &imported.shape, &imported.parameters)?;
+            let second = row("ternarized, untrained", &naive, &start)?;
+            let gap_closed = (second.loss - last.loss) / (second.loss - first.loss);
+            (vec![first, second, last], Some(gap_closed))
+        } else {
+            (vec![row("imported", &naive, &start)?, last], None)
+        };
         let projections = match trained.model.config().quantized {
             true => code_shares(&trained.parameters, &imported.parameters).map_err(TrainError::from)?,
             false => BTreeMap::new(),
@@ -123,7 +133,9 @@ impl std::fmt::Display for Report {
                 row.model, row.loss, row.perplexity, row.bytes, row.tokens_per_second
             )?;
         }
-        write!(f, "{:.1} % of what ternarization cost is won back", self.gap_closed * 100.0)?;
+        if let Some(gap_closed) = self.gap_closed {
+            write!(f, "{:.1} % of what ternarization cost is won back", gap_closed * 100.0)?;
+        }
         if self.projections.is_empty() {
             return Ok(());
         }

@@ -48,11 +48,12 @@ impl Shares {
     pub const FULL: Self = Self { quantization: 1.0, sub_norm: 1.0 };
 }
 
-/// The shares of a step, counted from 0: sub-norms that are blended in grow as quantization does.
+/// The shares of a step, counted from 0: sub-norms that are blended into an imported model grow as quantization does, those
+/// of a fresh one are whole.
 pub fn shares(config: &Config, step: u64) -> Shares {
     let quantization = lambda(config, step);
-    let sub_norm = if config.init.sub_norm == SubNormStart::Blend { quantization } else { 1.0 };
-    Shares { quantization, sub_norm }
+    let blended = config.init.from.is_some() && config.init.sub_norm == SubNormStart::Blend;
+    Shares { quantization, sub_norm: if blended { quantization } else { 1.0 } }
 }
 
 /// The share of quantization of a step, counted from 0: 1 from `warmup_fraction` of all steps on.

@@ -65,8 +65,11 @@ impl Config {
         if self.run.out.as_os_str().is_empty() {
             self.run.out = Path::new("runs").join(&self.run.name);
         }
-        self.model.num_key_value_heads = Some(self.model.kv_heads());
-        self.model.max_position_embeddings = Some(self.max_positions());
+        // A model to start from brings its own.
+        if self.init.from.is_none() {
+            self.model.num_key_value_heads = Some(self.model.kv_heads());
+            self.model.max_position_embeddings = Some(self.max_positions());
+        }
     }
 }
 

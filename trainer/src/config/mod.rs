@@ -176,7 +176,7 @@ pub enum Quantization {
 }
 
 /// `[init]`: the model to start from. Its shape comes with it: of `[model]` only `quantization` and `sub_norm` are then a
-/// choice.
+/// choice. So does what a BitNet has in full precision, unless `quantization.skip` names something else.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct InitConfig {

@@ -154,11 +154,9 @@ impl Config {
         within("distill.temperature", distill.temperature, 0.1..=100.0)?;
         within("distill.relations", distill.relations, 0.0..=1e6)?;
         within("distill.relation_temperature", distill.relation_temperature, 0.01..=100.0)?;
-        within(
-            "distill.relation_layer",
-            distill.relation_layer.unwrap_or(0),
-            0..self.model.num_hidden_layers,
-        )?;
+        // The layers of a model to start from are not known yet: the teacher compares again.
+        let layers = if self.init.from.is_some() { 1024 } else { self.model.num_hidden_layers };
+        within("distill.relation_layer", distill.relation_layer.unwrap_or(0), 0..layers)?;
         within("distill.relation_heads", distill.relation_heads.unwrap_or(1), 1..=1024)?;
         within("data.teacher_tokens", data.teacher_tokens as u64, 1000..=1 << 32)?;
         let temperatures = (Bound::Excluded(0.0), Bound::Included(100.0));
@@ -258,7 +256,8 @@ impl Config {
         within("sample.temperature", sample.temperature, 0.0..=100.0)?;
         within("sample.top_k", sample.top_k, 0..=1 << 24)?;
         within("sample.top_p", sample.top_p, (Bound::Excluded(0.0), Bound::Included(1.0)))?;
-        if sample.tokens > self.max_positions() {
+        // The context of a model to start from is not known yet: sampling ends where it does.
+        if sample.tokens > self.max_positions() && self.init.from.is_none() {
             return Err(conflict(
                 ("sample.tokens", sample.tokens),
                 ("model.max_position_embeddings", self.max_positions()),

@@ -10,7 +10,7 @@ use infer::generate::GenerateError;
 
 pub use sample::write_text;
 
-use crate::config::DistillConfig;
+use crate::config::{ConfigError, DistillConfig};
 use crate::data::Batch;
 use crate::decoder::{Decoder, Lesson, RelationLesson, StepWeights, head_name};
 use crate::import::{self, ImportError, Imported};
@@ -87,6 +87,12 @@ impl Teacher {
         }
         if shape.max_position_embeddings < sequence_length {
             return refused("context (data.sequence_length)", shape.max_position_embeddings, sequence_length);
+        }
+        if let Some(layer) = distill.relation_layer.filter(|layer| *layer >= student.num_hidden_layers) {
+            let allowed = format!("less than the student's {} layers", student.num_hidden_layers);
+            let key = "distill.relation_layer";
+            let error = ConfigError::OutOfRange { key, value: layer.to_string(), allowed };
+            return Err(ImportError::from(error).into());
         }
         let heads = distill.relation_heads.unwrap_or(student.num_key_value_heads);
         for width in [student, shape].into_iter().flat_map(|m| [m.attention_width(), m.kv_width()]) {

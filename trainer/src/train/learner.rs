@@ -110,8 +110,11 @@ impl Learner {
         }
         let start = Instant::now();
         let norms = self.gradients.norms();
-        // A student that still computes what its teacher does has nothing to learn yet.
-        if at == 0 && !(self.teacher.is_some() && shares.quantization == 0.0) {
+        // A student that still computes what its teacher does has nothing to learn yet, and relations alone teach only the
+        // layers that they are of.
+        let distill = &config.distill;
+        let head_learns = distill.cross_entropy > 0.0 || distill.logits > 0.0;
+        if at == 0 && (self.teacher.is_none() || shares.quantization > 0.0 && head_learns) {
             require_live(&norms, shares)?;
         }
         let grad_norm = norms.iter().map(|(_, norm)| norm * norm).sum::<f64>().sqrt();

@@ -406,7 +406,7 @@ fn first_parameters(
         return Ok(Parameters::init(shape, config.model.initializer_range, config.run.seed)?);
     };
     let imported = import::read(Path::new(folder))?;
-    let parameters = import::start(config, shape, &imported)?;
+    let parameters = import::start(shape, &imported)?;
     if shape.sub_norm && !imported.shape.sub_norm && config.init.sub_norm != SubNormStart::One {
         calibrate(shape, &parameters, &dataset.train)?;
     }
