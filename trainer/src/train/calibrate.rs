@@ -1,6 +1,5 @@
 //! Gains for sub-norms that are put into a model which was trained without.
 use bitlinear::math;
-use bitlinear::training::ProjectionError;
 use candle_core::{Device, Tensor};
 use infer::config::ModelConfig;
 
@@ -65,7 +64,7 @@ pub(super) fn calibrate(shape: &ModelConfig, parameters: &Parameters, rows: &Row
                 mlp.add(&product, eps);
             }
         });
-        read.map_err(ProjectionError::from)?;
+        read?;
     }
     drop(weights);
     drop(values);

@@ -61,13 +61,13 @@ pub enum TrainError {
     Data(#[from] DataError),
     /// Conversations.
     #[error(transparent)]
-    Chat(#[from] ChatError),
+    Chat(Box<ChatError>),
     /// The model to start from.
     #[error(transparent)]
-    Import(#[from] ImportError),
+    Import(Box<ImportError>),
     /// The teacher.
     #[error(transparent)]
-    Teacher(#[from] TeacherError),
+    Teacher(Box<TeacherError>),
     /// A checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -146,4 +146,23 @@ pub enum TrainError {
         /// The last gradient norm; NaN if it was not computed.
         norm: f64,
     },
+}
+
+// Boxed, so that a result of a step stays small.
+impl From<ChatError> for TrainError {
+    fn from(error: ChatError) -> Self {
+        Self::Chat(Box::new(error))
+    }
+}
+
+impl From<ImportError> for TrainError {
+    fn from(error: ImportError) -> Self {
+        Self::Import(Box::new(error))
+    }
+}
+
+impl From<TeacherError> for TrainError {
+    fn from(error: TeacherError) -> Self {
+        Self::Teacher(Box::new(error))
+    }
 }

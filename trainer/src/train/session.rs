@@ -253,7 +253,7 @@ impl Session {
         let due = done.is_multiple_of(config.train.log_every) || done == config.train.steps || done == 1;
         let distill = self.learner.teaches();
         let divergence =
-            distill.then(|| format!(" | divergence {:.4}", step.loss.divergence)).unwrap_or_default();
+            if distill { format!(" | divergence {:.4}", step.loss.divergence) } else { String::new() };
         let message =
             format!("loss {:.4}{divergence} | {tokens_per_second:.0} tokens/s", step.loss.cross_entropy);
         self.progress.update(done, &message, due);

@@ -54,6 +54,7 @@ fn shapes_that_do_not_fit_are_refused() {
 #[test]
 fn attention_refuses_what_does_not_divide() {
     // tokens and their sequences, heads, kv_heads, head_dim, then the columns of q, k and v.
+    #[allow(clippy::type_complexity)] // a table
     let cases: [(usize, &[usize], [usize; 3], [usize; 3], bool); 18] = [
         (6, &[3, 3], [4, 2, 8], [32, 16, 16], true),
         (6, &[1, 5], [4, 2, 8], [32, 16, 16], true),
