@@ -281,7 +281,7 @@ fn tokens_without_weight_are_not_learnt() {
     // Every third token counts, and the whole second sequence does not.
     let masked = |targets: fn(u32) -> u32| {
         let batch = pieces(&[LENGTH, 31, 50], 211);
-        let counts = |at: usize| at % 3 == 0 && !(LENGTH..LENGTH + 31).contains(&at);
+        let counts = |at: usize| at.is_multiple_of(3) && !(LENGTH..LENGTH + 31).contains(&at);
         let weights: Vec<f32> = (0..batch.ids.len()).map(|at| f32::from(counts(at)) * 0.01).collect();
         let targets =
             batch.targets.iter().zip(&weights).map(|(t, w)| if *w == 0.0 { targets(*t) } else { *t });
