@@ -97,7 +97,7 @@ fn unknown_keys_name_the_nearest_known_one() {
         ("train.learning_rate", "optimizer.learning_rate"),
         ("hidden_size", "model.hidden_size"),
         ("checkpoint.evry", "checkpoint.every"),
-        ("model.n_kv_heads", "model.num_key_value_heads"),
+        ("model.num_key_heads", "model.num_key_value_heads"),
         ("schedule.stage_two_start.x", "schedule.stage_two_start"),
         ("eval.batchsize", "eval.batch_size"),
     ];
