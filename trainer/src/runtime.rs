@@ -214,3 +214,85 @@ pub fn continue_text(
     let generation = generate(model, &ids, &options, &mut |_| ControlFlow::Continue(()))?;
     tokenizer.decode(&generation.tokens, true).map_err(failed)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn a_star_stands_for_any_text() {
+        let down = "model.layers.11.mlp.down_proj";
+        for pattern in [
+            down,
+            "*",
+            "**",
+            "*down_proj",
+            "model.*",
+            "*.11.*",
+            "model.layers.*.mlp.down_proj",
+            "m*l*1*.*j",
+            "*1*1*",
+        ] {
+            assert!(matches(pattern, down), "{pattern}");
+        }
+        for pattern in [
+            "",
+            "model.layers.1.mlp.down_proj",
+            "model.layers.11.mlp.down_pro",
+            "odel*",
+            "*down",
+            "*1*1*1*",
+            "*.mlp.*.11.*",
+            "model.layers.11.mlp.down_proj*down_proj",
+            "model?layers*",
+        ] {
+            assert!(!matches(pattern, down), "{pattern}");
+        }
+        // What a star's two sides name must not be the same text.
+        assert!(matches("ab*b", "abb") && !matches("ab*b", "ab") && !matches("*aa*aa*", "aaa"));
+    }
+
+    #[test]
+    fn hostile_patterns_are_quick() {
+        let start = Instant::now();
+        let name = "a".repeat(100);
+        assert!(matches(&"*".repeat(1000), &name));
+        assert!(!matches(&format!("{}b", "*".repeat(1000)), &name));
+        assert!(!matches(&"a*".repeat(1000), &name));
+        assert!(!matches(&format!("{}b*", "*a".repeat(100)), &name));
+        assert!(start.elapsed() < Duration::from_secs(1));
+    }
+
+    fn skip(patterns: &[&str]) -> Result<Vec<String>, infer::config::ConfigError> {
+        let mut config = Config::default();
+        (config.model.num_hidden_layers, config.model.num_key_value_heads) = (2, Some(2));
+        config.quantization.skip = patterns.iter().map(|pattern| (*pattern).to_owned()).collect();
+        model_config(&config, 300, None).map(|shape| shape.modules_to_not_convert)
+    }
+
+    #[test]
+    fn skipped_projections_are_named_in_order_and_once() {
+        assert_eq!(skip(&[]).unwrap(), [""; 0]);
+        let names = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"];
+        assert_eq!(skip(&["*.down_proj"]).unwrap(), names);
+        assert_eq!(skip(&[names[1], "*down*", names[0]]).unwrap(), names);
+        assert_eq!(skip(&["*"]).unwrap().len(), 14);
+        assert_eq!(skip(&["model.layers.1.*"]).unwrap().len(), 7);
+        for nothing in ["", "*.lm_head", "model.layers.2.*", "*.weight", "*norm*"] {
+            let error = skip(&["*.down_proj", nothing]).unwrap_err().to_string();
+            assert!(
+                error.contains("quantization.skip") && error.contains(&format!("{nothing:?}")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_full_precision_model_skips_nothing() {
+        let mut config = Config::default();
+        config.model.quantization = Quantization::None;
+        config.quantization.skip = vec!["*.down_proj".into()];
+        assert_eq!(model_config(&config, 300, None).unwrap().modules_to_not_convert, [""; 0]);
+    }
+}

@@ -121,5 +121,29 @@ mod tests {
         assert_eq!([0, 250, 500, 999].map(|s| lambda(&config, s)), [0.0, 0.5, 1.0, 1.0]);
         config.quantization.warmup = QuantizationWarmup::Step;
         assert_eq!([0, 499, 500].map(|s| lambda(&config, s)), [0.0, 0.0, 1.0]);
+        config.quantization.warmup = QuantizationWarmup::Cubic;
+        assert_eq!([0, 250, 500, 999].map(|s| lambda(&config, s)), [0.0, 0.875, 1.0, 1.0]);
+        let all: Vec<f32> = (0..500).map(|s| lambda(&config, s)).collect();
+        assert!(all.windows(2).all(|pair| pair[0] < pair[1]), "{all:?}");
+    }
+
+    #[test]
+    fn sub_norms_are_blended_into_an_imported_model_only() {
+        let mut config = config(ScheduleKind::Constant);
+        config.quantization.warmup = QuantizationWarmup::Linear;
+        let shares = |config: &Config| [0, 250, 500].map(|s| shares(config, s).sub_norm);
+        // A fresh model has them from the start.
+        assert_eq!((config.init.sub_norm, shares(&config)), (SubNormStart::Blend, [1.0; 3]));
+        config.init.from = Some("model".into());
+        assert_eq!(shares(&config), [0.0, 0.5, 1.0]);
+        for start in [SubNormStart::Calibrate, SubNormStart::One] {
+            config.init.sub_norm = start;
+            assert_eq!(shares(&config), [1.0; 3]);
+            assert_eq!(super::shares(&config, 250).quantization, 0.5);
+        }
+        // Without a warm-up everything is whole at once.
+        config.init.sub_norm = SubNormStart::Blend;
+        config.quantization.warmup = QuantizationWarmup::None;
+        assert_eq!(super::shares(&config, 0), Shares::FULL);
     }
 }

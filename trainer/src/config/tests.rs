@@ -49,6 +49,16 @@ fn defaults_are_resolved_and_valid() {
 }
 
 #[test]
+fn a_model_to_start_from_brings_what_is_not_asked_for() {
+    let config = set(&["init.from=m"]).unwrap();
+    assert_eq!(config.model.num_key_value_heads, None);
+    assert_eq!(config.model.max_position_embeddings, None);
+    assert_eq!(config.max_positions(), 256);
+    let config = set(&["init.from=m", "model.num_key_value_heads=2"]).unwrap();
+    assert_eq!(config.model.num_key_value_heads, Some(2));
+}
+
+#[test]
 fn each_layer_covers_the_one_before() {
     let text = "[train]\nsteps = 90\nbatch_size = 2\n[model]\nquantization = \"none\"\nhidden_act = 'relu2'";
     let config = parse(text, &["train.steps=77", " train.steps = 80 ", "optimizer.learning_rate=1"]).unwrap();
@@ -213,6 +223,28 @@ fn cross_checks_name_the_key_at_fault() {
         ("checkpoint.keep", &["checkpoint.keep=0"]),
         ("sample.tokens", &["sample.tokens=257"]),
         ("sample.top_p", &["sample.top_p=0"]),
+        ("init.from", &["init.from="]),
+        ("distill.teacher", &["distill.teacher=init"]),
+        ("distill.teacher", &["data.source=teacher"]),
+        ("distill.logits", &["distill.teacher=t", "distill.cross_entropy=0", "distill.logits=0"]),
+        ("distill.cross_entropy", &["distill.cross_entropy=-1"]),
+        ("distill.logits", &["distill.logits=1e7"]),
+        ("distill.temperature", &["distill.temperature=0.05"]),
+        ("distill.relations", &["distill.relations=-0.5"]),
+        ("distill.relation_layer", &["distill.relation_layer=6"]),
+        ("distill.relation_layer", &["init.from=m", "distill.relation_layer=1024"]),
+        ("distill.relation_heads", &["distill.relation_heads=0"]),
+        ("distill.relation_temperature", &["distill.relation_temperature=0"]),
+        ("train.precision", &["distill.teacher=t", "train.precision=f32"]),
+        ("data.train", &["distill.teacher=t", "data.source=teacher", "data.train=a.txt"]),
+        ("data.teacher_tokens", &["data.teacher_tokens=999"]),
+        ("data.teacher_temperature", &["data.teacher_temperature=0"]),
+        ("data.train", &["init.from=m", "data.source=chat"]),
+        ("init.from", &["data.source=chat", "data.train=a.jsonl"]),
+        (
+            "train.precision",
+            &["init.from=m", "data.source=chat", "data.train=a.jsonl", "train.precision=f32"],
+        ),
     ];
     for (key, sets) in cases {
         let error = set(sets).expect_err(&sets.join(" "));
@@ -234,6 +266,18 @@ fn what_lies_on_a_bound_is_allowed() {
         &["sample.tokens=256", "model.max_position_embeddings=256"],
         &["model.vocab_size=300", "tokenizer.vocab_size=300"],
         &["tokenizer.file=t.json", "tokenizer.vocab_size=100"],
+        &["init.from=m", "distill.teacher=init", "distill.temperature=0.1"],
+        &["distill.teacher=t", "distill.cross_entropy=0", "distill.logits=0", "distill.relations=1"],
+        &["distill.relation_layer=5"],
+        &[
+            "distill.teacher=t",
+            "data.source=teacher",
+            "data.validation=a.txt",
+            "data.teacher_temperature=100",
+        ],
+        &["init.from=m", "data.source=chat", "data.train=a.jsonl"],
+        // What the model to start from says is not known yet.
+        &["init.from=m", "distill.relation_layer=20", "sample.tokens=400"],
     ];
     for sets in allowed {
         set(sets).unwrap_or_else(|error| panic!("{sets:?}: {error}"));

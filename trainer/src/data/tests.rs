@@ -269,6 +269,43 @@ fn a_tokenizer_beside_token_files_counts_their_bytes() {
 }
 
 #[test]
+fn validation_text_beside_token_files_is_read_by_their_tokenizer() {
+    let folder = folder();
+    let trained = run(&stories(&folder)).unwrap();
+    let tokens = write(&folder, "a.u16", u16s(ids(&trained.train).into_iter().map(|id| id as u16)));
+    let text = write(&folder, "unseen.txt", STORY.repeat(4));
+    let path = write(&folder, "tokenizer.json", trained.tokenizer_json.as_ref().unwrap());
+    let tokenizer = TokenizerChoice::File { path, vocab_size: Some(300) };
+    let validation = Some(Source::Paths(vec![text.clone()]));
+    let files = token_settings(&folder, &[tokens], 0);
+    let beside = DataSettings { tokenizer: tokenizer.clone(), validation, ..files };
+    let data = run(&beside).unwrap();
+    // All of the tokens are trained on, none held out.
+    assert_eq!(ids(&data.train), ids(&trained.train));
+    assert_eq!((data.vocab_size, data.separator), (300, Some(0)));
+    let found = ids(&data.validation);
+    assert_eq!(found.last(), Some(&0));
+    assert_eq!(data.tokenizer.as_ref().unwrap().decode(&found, true).unwrap(), STORY.repeat(4));
+    assert_eq!(data.validation_bytes, Some(4 * STORY.len() as u64));
+    assert_eq!(data.train_bytes, trained.train_bytes);
+    // As when the text is all there is.
+    let whole = settings(&folder, Source::Paths(vec![text.clone()]));
+    let whole = DataSettings { tokenizer, validation_fraction: 0.25, ..whole };
+    let whole = run(&DataSettings { validation: Some(Source::Paths(vec![text.clone()])), ..whole }).unwrap();
+    assert_eq!(found, ids(&whole.validation));
+    // Other text is other data.
+    fs::write(&text, STORY.repeat(5)).unwrap();
+    assert_ne!(run(&beside).unwrap().dataset_hash, data.dataset_hash);
+
+    for tokenizer in [TokenizerChoice::None { vocab_size: 270 }, TokenizerChoice::Train { vocab_size: 270 }] {
+        let result = run(&DataSettings { tokenizer, ..beside.clone() });
+        assert!(matches!(result, Err(DataError::TokenizerChoice { .. })));
+    }
+    fs::write(&text, "").unwrap();
+    assert!(matches!(run(&beside), Err(DataError::Empty { .. })));
+}
+
+#[test]
 fn settings_that_make_no_sense_are_refused() {
     let folder = folder();
     let base = stories(&folder);
