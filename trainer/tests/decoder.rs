@@ -110,7 +110,12 @@ fn assert_as_graph(what: &str, config: &ModelConfig, shares: Shares, batch: &Bat
     let parameters = parameters(config);
     let (expected_loss, expected) = graph(config, &parameters, shares, batch);
     let (loss, found) = fast(config, &parameters, shares, false, std::slice::from_ref(batch));
-    assert!((loss - expected_loss).abs() < 2e-3, "{what}: loss {loss}, expected {expected_loss}");
+    // Rounded to bf16 or summed in another order, values go to another step of int8 here and there.
+    let tolerance = if bitlinear::products::bf16_is_fast() { 5e-3 } else { 5e-4 };
+    assert!(
+        (loss - expected_loss).abs() < tolerance,
+        "{what} at {shares:?}: loss {loss}, expected {expected_loss}"
+    );
     for ((name, found), (_, expected)) in found.iter().zip(&expected) {
         if shares.sub_norm == 0.0 && name.ends_with("_sub_norm.weight") {
             assert!(found.iter().chain(expected).all(|g| *g == 0.0), "{name} of {what} at {shares:?}");
