@@ -271,7 +271,8 @@ fn describe(config: &Config, dataset: &Dataset) -> anyhow::Result<()> {
         bitlinear::kernels::Kernel::active()?.name(),
         dense_products(config)
     );
-    let teacher = import::teacher_folder(config).map(infer::checkpoint::hf::read_config).transpose()?;
+    let teacher = import::teacher_folder(config).filter(|_| config.distill.teaches());
+    let teacher = teacher.map(infer::checkpoint::hf::read_config).transpose()?;
     let memory = Estimate::new(config, &shape, teacher.as_ref().map(|(teacher, _)| teacher));
     eprintln!(
         "memory: about {} MiB at the peak: {} for parameters and optimizer, {} for activations, {} for buffers",
@@ -486,8 +487,9 @@ fn tokenizer(args: &TokenizerArgs) -> anyhow::Result<()> {
 fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     // No data is read, so none has to be named.
     let none = ["data.source=stories", "data.train=[]", "data.validation=[]"].map(str::to_owned);
-    let config = Config::load(&args.config, &[&args.sets[..], &none].concat())?;
+    let mut config = Config::load(&args.config, &[&args.sets[..], &none].concat())?;
     use_threads(config.run.threads)?;
+    import::complete(&mut config)?;
     let vocab_size = config.model.vocab_size.unwrap_or(config.tokenizer.trained_size());
     let shape = crate::runtime::model_config(&config, vocab_size, None)?;
     Estimate::new(&config, &shape, None).check()?;

@@ -322,7 +322,8 @@ fn each_term_alone_teaches() {
     let ((teacher, _), (student, _)) = (folder(&full, 3), folder(&full, 4));
     let batches = [batch(&[LENGTH; 2], 5)];
     let none = DistillConfig { cross_entropy: 0.0, logits: 0.0, ..DistillConfig::default() };
-    let terms: [(DistillConfig, fn(&StepLoss) -> f64); 3] = [
+    type Term = fn(&StepLoss) -> f64;
+    let terms: [(DistillConfig, Term); 3] = [
         (DistillConfig { cross_entropy: 1.0, ..none.clone() }, |loss| loss.cross_entropy),
         (DistillConfig { logits: 1.0, ..none }, |loss| loss.divergence),
         (relations_alone(), |loss| loss.relations),

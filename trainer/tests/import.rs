@@ -430,6 +430,116 @@ fn tensors_that_do_not_fit_are_named() {
     assert!(error.contains("[301, 32]") && error.contains("9600"), "{error}");
 }
 
+/// Runs the command in a folder; returns what it wrote to standard output.
+fn trainer(folder: &TempDir, args: &[&str]) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
+    let output = command.args(args).current_dir(folder.path()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A run of some steps that starts from the model in `.`, its own teacher if it has no codes yet.
+const RUN: &str = r#"
+[init]
+from = "."
+[data]
+source = "files"
+train = ["text.u16"]
+sequence_length = 32
+cache_dir = "cache"
+[train]
+steps = 6
+batch_size = 2
+[schedule]
+warmup_steps = 0
+[quantization]
+warmup = "cubic"
+[optimizer]
+learning_rate = 1e-3
+[eval]
+windows = 4
+[sample]
+tokens = 4
+"#;
+
+/// The model of this shape in a folder, with tokens to train on and the settings of a run.
+fn run_folder(shape: &ModelConfig, settings: &str) -> TempDir {
+    let (folder, _) = folder(shape, 11);
+    write_tokenizer(folder.path());
+    let bytes: Vec<u8> = ids(&base(), 3000, 21).iter().flat_map(|id| (*id as u16).to_le_bytes()).collect();
+    fs::write(folder.path().join("text.u16"), bytes).unwrap();
+    fs::write(folder.path().join("run.toml"), format!("{RUN}{settings}")).unwrap();
+    folder
+}
+
+#[test]
+fn a_conversion_ends_with_a_report() {
+    let distill = "[distill]\nteacher = \"init\"\nrelations = 1.0\n";
+    let [qwen2, qwen3] = qwens().map(|qwen| ModelConfig { quantized: false, ..qwen });
+    let plain = format!("{distill}[model]\nsub_norm = false\n");
+    for (shape, settings) in [(llama(), distill), (qwen2, plain.as_str()), (qwen3, plain.as_str())] {
+        let folder = run_folder(&shape, settings);
+        let text = trainer(&folder, &["train", "run.toml", "--out", "run"]);
+        assert!(text.contains("proven: weights equal") && text.contains("won back"), "{text}");
+        let report = fs::read(folder.path().join("run/report.json")).unwrap();
+        let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
+        let names: Vec<_> = report["rows"].as_array().unwrap().iter().map(|row| &row["model"]).collect();
+        assert_eq!(names, ["imported", "ternarized, untrained", "trained"]);
+        assert!(report["gap_closed"].is_f64(), "{report}");
+        let loss = |row: usize| report["rows"][row]["loss"].as_f64().unwrap();
+        let imported = runtime_loss(&folder);
+        assert!((loss(0) - imported).abs() < 1e-4 * imported, "{report}, expected {imported}");
+        assert_ne!(loss(1), loss(0));
+    }
+}
+
+#[test]
+fn a_bitnet_is_reported_as_it_is_run() {
+    let folder = run_folder(&base(), "");
+    let text = trainer(&folder, &["train", "run.toml", "--out", "run"]);
+    assert!(text.contains("proven: weights equal") && !text.contains("won back"), "{text}");
+    let report = fs::read(folder.path().join("run/report.json")).unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
+    assert!(report["gap_closed"].is_null());
+    assert_eq!(report["rows"].as_array().unwrap().len(), 2);
+    // The weights are those of the file to 1e-6, so an activation is rounded to another step here and there.
+    let (found, expected) = (report["rows"][0]["loss"].as_f64().unwrap(), runtime_loss(&folder));
+    assert!((found - expected).abs() < 1e-3 * expected, "{found}, expected {expected}");
+}
+
+/// The loss of the runtime, for the model in a folder as it is, on the validation windows of [`RUN`].
+fn runtime_loss(folder: &TempDir) -> f64 {
+    let mut config = Config::load(&folder.path().join("run.toml"), &[]).unwrap();
+    config.init.from = Some(folder.path().display().to_string());
+    config.data.train = vec![folder.path().join("text.u16")];
+    config.data.cache_dir = folder.path().join("cache");
+    import::complete(&mut config).unwrap();
+    let dataset = prepare_data(&config).unwrap();
+    let model = hf::read(folder.path()).unwrap();
+    let (mut sum, mut count) = (0.0, 0);
+    for window in dataset.validation.evaluation(config.eval.windows as u64) {
+        let batch = dataset.validation.batch(&[window]);
+        let mut cache = KvCache::new(&model, batch.ids.len()).unwrap();
+        let logits = model.forward(&batch.ids, &mut cache, Logits::All).unwrap();
+        for (row, target) in logits.chunks(300).zip(&batch.targets) {
+            let powers = row.iter().map(|x| f64::from(*x).exp()).sum::<f64>();
+            sum += powers.ln() - f64::from(row[*target as usize]);
+            count += 1;
+        }
+    }
+    sum / f64::from(count)
+}
+
+#[test]
+fn the_bench_measures_the_imported_shape() {
+    let folder = run_folder(&llama(), "");
+    let json = trainer(&folder, &["bench", "run.toml", "--repetitions", "1", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let shape = ModelConfig { sub_norm: true, ..llama() };
+    assert_eq!(json["parameters"].as_u64(), shape.parameters());
+}
+
 /// The folder of models beside the repository, or none, saying so.
 fn shared(name: &str) -> Option<PathBuf> {
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared");

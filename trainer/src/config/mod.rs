@@ -244,6 +244,13 @@ impl Default for DistillConfig {
     }
 }
 
+impl DistillConfig {
+    /// Whether a teacher adds to the loss; one that only writes text does not.
+    pub fn teaches(&self) -> bool {
+        self.teacher.is_some() && self.logits + self.relations > 0.0
+    }
+}
+
 /// `[data]`: where text comes from and how it is cut.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -176,8 +176,7 @@ impl Session {
         write_atomic(&paths.config(), config.to_toml()?.as_bytes())?;
         let (metrics, _) = MetricsLog::resume(&paths.metrics(), state.step)?;
         // One that only writes text is not needed any more.
-        let teaches = config.distill.logits + config.distill.relations > 0.0;
-        let teacher = match import::teacher_folder(config).filter(|_| teaches) {
+        let teacher = match import::teacher_folder(config).filter(|_| config.distill.teaches()) {
             Some(folder) => {
                 Some(Teacher::load(folder, &config.distill, config.data.sequence_length, &shape)?)
             }
