@@ -128,6 +128,12 @@ pub fn complete(config: &mut Config) -> Result<(), ImportError> {
     if let Some(folder) = config.init.from.clone() {
         adopt(config, Path::new(&folder))?;
     }
+    if let (None, None, Some(teacher)) =
+        (config.model.vocab_size, config.tokenizer.vocab_size, teacher_folder(config))
+    {
+        // An embedding may have more rows than the tokenizer entries; distributions are compared entry by entry.
+        config.model.vocab_size = Some(hf::read_config(teacher)?.0.vocab_size);
+    }
     if config.tokenizer.file.is_none() {
         let folders = [config.init.from.as_deref().map(Path::new), teacher_folder(config)];
         let files: Vec<_> =

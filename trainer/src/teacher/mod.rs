@@ -4,7 +4,7 @@ mod sample;
 use std::path::{Path, PathBuf};
 
 use bitlinear::training::{self, ProjectionError};
-use infer::checkpoint::CheckpointError;
+use infer::checkpoint::{CheckpointError, hf};
 use infer::config::{ModelConfig, Storage};
 use infer::generate::GenerateError;
 
@@ -61,45 +61,61 @@ struct KeptRelations {
     qkv: [Vec<f32>; 3],
 }
 
+/// Refuses the model in a folder as the teacher of a student of this shape; of its files only the config is read.
+///
+/// # Errors
+/// The config is refused, the weights are ternary, the vocabulary has another size, its context is shorter than
+/// `sequence_length`, or its heads do not divide into relations as the student's do.
+pub fn check(
+    folder: &Path,
+    distill: &DistillConfig,
+    sequence_length: usize,
+    student: &ModelConfig,
+) -> Result<(), TeacherError> {
+    let (shape, storage) = hf::read_config(folder)?;
+    let refused = |what, found: usize, expected: usize| {
+        let (found, expected) = (found.to_string(), expected.to_string());
+        Err(ImportError::Teacher { what, found, expected, path: folder.into() }.into())
+    };
+    if storage != Storage::Dense {
+        return Err(ImportError::QuantizedTeacher(folder.into()).into());
+    }
+    if shape.vocab_size != student.vocab_size {
+        return refused("vocabulary", shape.vocab_size, student.vocab_size);
+    }
+    if shape.max_position_embeddings < sequence_length {
+        return refused("context (data.sequence_length)", shape.max_position_embeddings, sequence_length);
+    }
+    if let Some(layer) = distill.relation_layer.filter(|layer| *layer >= student.num_hidden_layers) {
+        let allowed = format!("less than the student's {} layers", student.num_hidden_layers);
+        let key = "distill.relation_layer";
+        let error = ConfigError::OutOfRange { key, value: layer.to_string(), allowed };
+        return Err(ImportError::from(error).into());
+    }
+    let heads = distill.relation_heads.unwrap_or(student.num_key_value_heads);
+    for width in [student, &shape].into_iter().flat_map(|m| [m.attention_width(), m.kv_width()]) {
+        if distill.relations > 0.0 && !width.is_multiple_of(heads) {
+            return refused("width that distill.relation_heads must divide", width, heads);
+        }
+    }
+    Ok(())
+}
+
 impl Teacher {
     /// Reads the model in a folder, to teach a student of this shape.
     ///
     /// # Errors
-    /// The files are refused, the weights are ternary, the vocabulary has another size, its context is shorter than
-    /// `sequence_length`, or its heads do not divide into relations as the student's do.
+    /// As [`check`]; the weights are refused.
     pub fn load(
         folder: &Path,
         distill: &DistillConfig,
         sequence_length: usize,
         student: &ModelConfig,
     ) -> Result<Self, TeacherError> {
+        check(folder, distill, sequence_length, student)?;
         let model = import::read(folder)?;
-        let refused = |what, found: usize, expected: usize| {
-            let (found, expected) = (found.to_string(), expected.to_string());
-            Err(ImportError::Teacher { what, found, expected, path: folder.into() }.into())
-        };
-        if model.storage != Storage::Dense {
-            return Err(ImportError::QuantizedTeacher(folder.into()).into());
-        }
         let shape = &model.shape;
-        if shape.vocab_size != student.vocab_size {
-            return refused("vocabulary", shape.vocab_size, student.vocab_size);
-        }
-        if shape.max_position_embeddings < sequence_length {
-            return refused("context (data.sequence_length)", shape.max_position_embeddings, sequence_length);
-        }
-        if let Some(layer) = distill.relation_layer.filter(|layer| *layer >= student.num_hidden_layers) {
-            let allowed = format!("less than the student's {} layers", student.num_hidden_layers);
-            let key = "distill.relation_layer";
-            let error = ConfigError::OutOfRange { key, value: layer.to_string(), allowed };
-            return Err(ImportError::from(error).into());
-        }
         let heads = distill.relation_heads.unwrap_or(student.num_key_value_heads);
-        for width in [student, shape].into_iter().flat_map(|m| [m.attention_width(), m.kv_width()]) {
-            if distill.relations > 0.0 && !width.is_multiple_of(heads) {
-                return refused("width that distill.relation_heads must divide", width, heads);
-            }
-        }
         let relations = (distill.relations > 0.0).then(|| {
             let layer = distill.relation_layer.unwrap_or(student.num_hidden_layers.saturating_sub(2));
             let from_end = student.num_hidden_layers - layer;

@@ -16,7 +16,7 @@ use bitlinear::training::ProjectionError;
 pub use codes::{CodeShares, code_shares};
 pub use learner::{Learner, Step, StepTimes};
 pub(crate) use session::MODEL;
-pub use session::{Session, prepare_data, validation_loss};
+pub use session::{Session, check_models, prepare_data, validation_loss};
 pub use state::{Best, TrainState};
 
 use crate::checkpoint::CheckpointError;

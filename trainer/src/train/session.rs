@@ -77,6 +77,19 @@ pub fn prepare_data(config: &Config) -> Result<Dataset, TrainError> {
     Ok(dataset)
 }
 
+/// Refuses a shape, or a teacher, that no data goes with: before the time that data takes.
+///
+/// # Errors
+/// The model's config or the teacher's is refused, or the two do not go together.
+pub fn check_models(config: &Config) -> Result<(), TrainError> {
+    let Some(vocab_size) = config.model.vocab_size.or(config.tokenizer.vocab_size) else { return Ok(()) };
+    let shape = runtime::model_config(config, vocab_size, None).map_err(runtime::RuntimeError::from)?;
+    match import::teacher_folder(config) {
+        Some(folder) => Ok(teacher::check(folder, &config.distill, config.data.sequence_length, &shape)?),
+        None => Ok(()),
+    }
+}
+
 fn chat_settings(config: &Config, folder: &Path) -> ChatSettings {
     let data = &config.data;
     ChatSettings {
@@ -169,12 +182,6 @@ impl Session {
                 (parameters, optimizer, codes, TrainState::new(config.run.seed, &dataset))
             }
         };
-        // Only now that the earlier run, if there is one, is known to be this one.
-        if let Some(json) = &dataset.tokenizer_json {
-            write_atomic(&paths.tokenizer(), json)?;
-        }
-        write_atomic(&paths.config(), config.to_toml()?.as_bytes())?;
-        let (metrics, _) = MetricsLog::resume(&paths.metrics(), state.step)?;
         // One that only writes text is not needed any more.
         let teacher = match import::teacher_folder(config).filter(|_| config.distill.teaches()) {
             Some(folder) => {
@@ -182,6 +189,13 @@ impl Session {
             }
             None => None,
         };
+        // Only now that the earlier run, if there is one, is known to be this one, and nothing can be refused any more: a
+        // config that is written binds the folder to it.
+        if let Some(json) = &dataset.tokenizer_json {
+            write_atomic(&paths.tokenizer(), json)?;
+        }
+        write_atomic(&paths.config(), config.to_toml()?.as_bytes())?;
+        let (metrics, _) = MetricsLog::resume(&paths.metrics(), state.step)?;
         let learner = Learner::new(config, shape, parameters, optimizer, teacher);
         let progress = Progress::new("training", state.step, config.train.steps);
         let config = config.clone();
