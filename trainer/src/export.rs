@@ -19,7 +19,7 @@ use serde_json::json;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, CheckpointStore};
 use crate::config::Config;
-use crate::data::Dataset;
+use crate::data::{Dataset, chat};
 use crate::metrics::bits_per_byte;
 use crate::model::Model;
 use crate::parameters::{ParameterError, Parameters};
@@ -35,6 +35,9 @@ pub const MAX_KL: f64 = 1e-6;
 
 /// Windows of held-out text that are compared.
 const WINDOWS: u64 = 4;
+/// Longest greedy continuation of one, in tokens. Contexts of imported models are a hundred times as long; what a position
+/// further back could show, the rotary table and the cache, is the same code at every position.
+const GREEDY_TOKENS: usize = 512;
 
 /// Which checkpoint of a run to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -229,7 +232,9 @@ pub fn load(
     let state = checkpoint.state::<TrainState>()?;
     let bytes = checkpoint.read(MODEL)?;
     let parameters = Parameters::from_safetensors(&shape, &bytes).map_err(TrainError::from)?;
-    let model = Model::new(shape, config.max_positions());
+    // As far as the proof goes: a quarter of a window and its continuation, or a window.
+    let positions = config.max_positions().min(config.data.sequence_length + GREEDY_TOKENS);
+    let model = Model::new(shape, positions);
     Ok(Trained { config, state, model, parameters })
 }
 
@@ -272,7 +277,7 @@ fn write_and_prove(
     hf::write(temp, &runnable_model, &BTreeMap::new()).map_err(RuntimeError::from)?;
     if let Some(json) = &dataset.tokenizer_json {
         write_atomic(&temp.join("tokenizer.json"), json)?;
-        write_json(&temp.join("tokenizer_config.json"), &tokenizer_config(dataset, model))?;
+        write_tokenizer_config(config, dataset, model, temp)?;
     }
     write_json(&temp.join("generation_config.json"), &generation_config(model))?;
 
@@ -329,7 +334,7 @@ pub fn compare(trained: &Trained, dataset: &Dataset, model: &infer::Model) -> Re
         // each position: then its own greedy continuation is the same.
         let prompt = &ids[..ids.len().div_ceil(4)];
         let options = GenerateOptions {
-            max_new_tokens: Some(model.config().max_position_embeddings - prompt.len()),
+            max_new_tokens: Some((model.config().max_position_embeddings - prompt.len()).min(GREEDY_TOKENS)),
             sampling: SamplingOptions::GREEDY,
             kv: KvPrecision::F32,
             stop_ids: Vec::new(),
@@ -388,6 +393,37 @@ fn write_json(path: &Path, value: &serde_json::Value) -> Result<(), FileError> {
     write_atomic(path, format!("{value:#}\n").as_bytes())
 }
 
+/// How the tokenizer is used and conversations are written: the files of the model that was started from, as they are, where
+/// its tokenizer is the run's; else what is known of the tokenizer.
+fn write_tokenizer_config(
+    config: &Config,
+    dataset: &Dataset,
+    model: &Model,
+    folder: &Path,
+) -> Result<(), ExportError> {
+    let source = config.init.from.as_deref().map(Path::new);
+    let source = source.filter(|source| has_tokenizer(source, dataset));
+    let files = source.map(chat::configuration_files).transpose().map_err(TrainError::from)?;
+    let files = files.unwrap_or_default();
+    for (name, text) in &files {
+        write_atomic(&folder.join(name), text.as_bytes())?;
+    }
+    if !files.iter().any(|(name, _)| *name == chat::CONFIGURATION) {
+        write_json(&folder.join(chat::CONFIGURATION), &tokenizer_config(dataset, model))?;
+    }
+    Ok(())
+}
+
+/// Whether the tokenizer in a folder is the data's.
+fn has_tokenizer(folder: &Path, dataset: &Dataset) -> bool {
+    let path = folder.join("tokenizer.json");
+    // Sizes first, so that no other file is read.
+    dataset.tokenizer_json.as_ref().is_some_and(|json| {
+        fs::metadata(&path).is_ok_and(|file| file.is_file() && file.len() == json.len() as u64)
+            && fs::read(&path).is_ok_and(|bytes| bytes == *json)
+    })
+}
+
 fn tokenizer_config(dataset: &Dataset, model: &Model) -> serde_json::Value {
     let separator = dataset.separator.and_then(|id| dataset.tokenizer.as_ref()?.id_to_token(id));
     let mut config = json!({
@@ -409,8 +445,11 @@ fn generation_config(model: &Model) -> serde_json::Value {
     if let Some(bos) = config.bos_token_id {
         generation["bos_token_id"] = json!(bos);
     }
-    if let [eos] = config.eos_token_ids[..] {
-        generation["eos_token_id"] = json!(eos);
+    match &config.eos_token_ids[..] {
+        [] => (),
+        [eos] => generation["eos_token_id"] = json!(eos),
+        // transformers takes this file's, and only these, for `config.json`'s.
+        several => generation["eos_token_id"] = json!(several),
     }
     generation
 }
@@ -421,6 +460,8 @@ fn model_card(config: &Config, model: &Model, report: &Report) -> String {
     let kind =
         if shape.quantized { "BitNet b1.58 (ternary weights, int8 activations)" } else { "full precision" };
     let bits = report.bits_per_byte.map(|bits| format!("{bits:.4}")).unwrap_or_else(|| "unknown".into());
+    let json = shape.to_json();
+    let class = json["architectures"][0].as_str().unwrap_or("AutoModelForCausalLM");
     format!(
         "# {name}\n\n\
          A small language model, {kind}, {parameters} parameters, trained for {step} steps of {tokens} tokens.\n\n\
@@ -433,7 +474,7 @@ fn model_card(config: &Config, model: &Model, report: &Report) -> String {
          | file | {bytes} bytes |\n\
          | against the trainer's own logits | {parity} |\n\n\
          Weights: `model.safetensors`{layout}.\n\
-         Run it: `infer generate THIS_FOLDER --prompt \"...\"`, or load the folder with `transformers` ({class}).\n",
+         Run it: `infer generate THIS_FOLDER --prompt \"...\"`, or load the folder with `transformers` (`{class}`).\n",
         name = config.run.name,
         parameters = report.parameters,
         step = report.step,
@@ -456,7 +497,6 @@ fn model_card(config: &Config, model: &Model, report: &Report) -> String {
         } else {
             ""
         },
-        class = if shape.sub_norm { "`BitNetForCausalLM`" } else { "`LlamaForCausalLM`" },
     )
 }
 

@@ -8,7 +8,7 @@ use infer::model::{F32Data, KvPrecision, Layer, ModelError, Projection, Weights}
 use infer::sampler::SamplingOptions;
 use std::ops::ControlFlow;
 
-use crate::config::{Config, HiddenAct, Quantization};
+use crate::config::{Config, DataSource, HiddenAct, Quantization};
 use crate::parameters::Parameters;
 
 /// Why parameters do not become a runnable model, or it does not run.
@@ -47,7 +47,8 @@ pub enum RuntimeError {
     },
 }
 
-/// The model's shape as `config.json` has it. `separator` is the token between documents: it starts and ends a text.
+/// The model's shape as `config.json` has it. `separator` is the token between documents: it starts and ends a text. Of
+/// conversations it is the one that ends an answer, whatever else ends a text, and starts nothing.
 ///
 /// # Errors
 /// The runtime refuses the shape.
@@ -57,6 +58,7 @@ pub fn model_config(
     separator: Option<u32>,
 ) -> Result<ModelConfig, infer::config::ConfigError> {
     let model = &config.model;
+    let chat = config.data.source == DataSource::Chat;
     let mut shape = ModelConfig {
         hidden_size: model.hidden_size,
         intermediate_size: model.intermediate_size,
@@ -78,10 +80,13 @@ pub fn model_config(
         qk_norm: model.qk_norm,
         modules_to_not_convert: Vec::new(),
         quantized: model.quantization == Quantization::Bitnet,
-        bos_token_id: model.bos_token_id.or(separator),
+        bos_token_id: model.bos_token_id.or(separator.filter(|_| !chat)),
         eos_token_ids: match model.eos_token_ids.as_slice() {
             [] => separator.into_iter().collect(),
-            ids => ids.to_vec(),
+            ids => {
+                let answer = separator.filter(|end| chat && !ids.contains(end));
+                ids.iter().copied().chain(answer).collect()
+            }
         },
     };
     if shape.quantized {

@@ -21,7 +21,7 @@ mod windows;
 
 pub use conversation::{ASSISTANT, Message};
 pub use error::{ChatError, Place};
-pub use template::ChatTemplate;
+pub use template::{CONFIGURATION, ChatTemplate, configuration_files};
 pub use windows::ChatWindows;
 
 use super::source::{self, Files};

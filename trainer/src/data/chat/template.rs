@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 /// The file that holds nothing but the template; it goes before the configuration's.
 const TEMPLATE: &str = "chat_template.jinja";
 /// The file that names special tokens and may hold the template.
-const CONFIGURATION: &str = "tokenizer_config.json";
+pub const CONFIGURATION: &str = "tokenizer_config.json";
 /// Longest of these files, bytes; the longest in use have about one million.
 const MAX_FILE: u64 = 16 << 20;
 /// Instructions, and blocks of 64 bytes, that one rendering may take: some ten thousand messages, 128 MiB.
@@ -102,6 +102,16 @@ pub(super) fn special_tokens(folder: &Path) -> Result<SpecialTokens, ChatError> 
 /// The configuration's file in a folder.
 pub(super) fn configuration_path(folder: &Path) -> PathBuf {
     folder.join(CONFIGURATION)
+}
+
+/// Name and text of the files in a folder that say how its tokenizer is used and how conversations are written, of those that
+/// there are.
+///
+/// # Errors
+/// `Configuration` and `Data` where one cannot be used: not a file, not UTF-8, longer than 16 MiB.
+pub fn configuration_files(folder: &Path) -> Result<Vec<(&'static str, String)>, ChatError> {
+    let read = |name| Ok(read_bounded(&folder.join(name))?.map(|text| (name, text)));
+    [CONFIGURATION, TEMPLATE].into_iter().filter_map(|name| read(name).transpose()).collect()
 }
 
 /// A text file of at most [`MAX_FILE`] bytes, or none.
