@@ -20,7 +20,7 @@ use crate::progress::Progress;
 use crate::report::Report;
 use crate::run_dir::{RunPaths, write_atomic};
 use crate::runtime::{RuntimeError, runnable};
-use crate::train::{Outcome, Resume, Session, TrainError, prepare_data};
+use crate::train::{Outcome, Resume, Session, TrainError, check_models, prepare_data};
 use crate::{metrics, stories};
 
 /// Trains BitNet b1.58 models and exports them, proven.
@@ -166,8 +166,17 @@ pub fn main() -> ExitCode {
         if is_broken_pipe(&error) {
             return ExitCode::SUCCESS;
         }
-        eprintln!("error: {error:#}");
+        eprintln!("error: {}", message(&error));
         ExitCode::from(if is_ours(&error) { 2 } else { 1 })
+    })
+}
+
+/// An error and its causes on one line, but for a cause that what is before it quotes.
+fn message(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
+        "" => cause,
+        text if text.contains(&cause) => text.into(),
+        text => format!("{text}: {cause}"),
     })
 }
 
@@ -215,6 +224,7 @@ fn train(args: &TrainArgs) -> anyhow::Result<ExitCode> {
     };
     use_threads(config.run.threads)?;
     import::complete(&mut config)?;
+    check_models(&config)?;
     let dataset = prepare_data(&config)?;
     describe(&config, &dataset)?;
     if args.dry_run {
