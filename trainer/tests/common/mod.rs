@@ -1,6 +1,8 @@
 //! A folder with a small text and a small config, and the trainer run in it: as a command and as a library.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod source;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
