@@ -27,7 +27,7 @@ use crate::run_dir::{FileError, RunPaths, write_atomic};
 use crate::runtime::{RuntimeError, model_config, runnable};
 use crate::train::{MODEL, TrainError, TrainState, validation_loss};
 
-/// Largest difference of two logits that passes. Hidden states are equal bit for bit; only the dense head is summed in
+/// Largest difference of two logits that passes. Hidden states of a BitNet are equal bit for bit; only the dense head is summed in
 /// another order, which is worth about 1e-5.
 pub const MAX_LOGIT_DIFFERENCE: f64 = 1e-3;
 /// Largest mean divergence, in nats, that passes.

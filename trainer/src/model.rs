@@ -72,7 +72,11 @@ impl Model {
             };
             let linear = |x: &Tensor, name: &str| {
                 let ternary = config.is_ternary(&format!("model.layers.{layer}.{name}"));
-                autograd::bit_linear(x, &get(name)?, if ternary { shares.quantization } else { 0.0 })
+                match (ternary, config.quantized) {
+                    (true, _) => autograd::bit_linear(x, &get(name)?, shares.quantization),
+                    (false, true) => autograd::dense_linear(x, &get(name)?),
+                    (false, false) => autograd::bit_linear(x, &get(name)?, 0.0),
+                }
             };
             let head_norm = |x: Tensor, name: &str| match config.qk_norm {
                 true => norm(&x.reshape(((), config.head_dim))?, name)?.reshape(x.shape()),

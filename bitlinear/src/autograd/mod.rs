@@ -18,7 +18,7 @@ mod rms_norm;
 
 pub use crate::training::Heads;
 pub use attention::attention;
-pub use bit_linear::{BitLinear, bit_linear};
+pub use bit_linear::{BitLinear, bit_linear, dense_linear};
 pub use cross_entropy::{head_cross_entropy, head_loss};
 pub use gated::gated;
 pub use rms_norm::rms_norm;

@@ -229,3 +229,23 @@ fn results_do_not_depend_on_the_number_of_threads() {
         assert!(one == two && one == three, "{name}");
     }
 }
+
+#[test]
+fn a_dense_layer_beside_ternary_ones_has_the_bits_of_dots() {
+    let mut rng = rng(11);
+    // Whole and broken tiles of tokens and of rows; a width that `dots` keeps in registers, and others.
+    for (tokens, inputs, outputs) in [(1, 7, 5), (8, 64, 32), (19, 100, 67)] {
+        let var = |shape: &[usize], rng: &mut ChaCha8Rng| Var::from_tensor(&random(rng, shape)).unwrap();
+        let (x, w) = (var(&[tokens, inputs], &mut rng), var(&[outputs, inputs], &mut rng));
+        let (y, plain) = (dense_linear(&x, &w).unwrap(), bit_linear(&x, &w, 0.0).unwrap());
+        let (xs, ws) = (flat(&x), flat(&w));
+        let rows = xs.chunks_exact(inputs);
+        let dots = rows.flat_map(|x| ws.chunks_exact(inputs).map(|w| crate::math::dot(w, x).to_bits()));
+        assert!(flat(&y).iter().map(|y| y.to_bits()).eq(dots), "{tokens} {inputs} {outputs}");
+        let gradients = [&y, &plain].map(|y| y.sum_all().unwrap().backward().unwrap());
+        for var in [&x, &w] {
+            let [found, expected] = gradients.each_ref().map(|all| flat(all.get(var).unwrap()));
+            assert_eq!(found, expected);
+        }
+    }
+}
