@@ -24,6 +24,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
+def measure(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float, float]:
+    """Of logits [tokens, vocab] in f64: the largest difference, mean KL of ours from theirs in nats, share of equal argmax."""
+    log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    top1 = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
+    return (ours - theirs).abs().max().item(), kl, top1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder with config.json and model.safetensors")
@@ -43,10 +51,7 @@ def main() -> int:
         print(f"error: shapes {list(ours.shape)} and {list(theirs.shape)}; {args.logits}; give the same ids to both")
         return 1
 
-    difference = (ours - theirs).abs().max().item()
-    log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-    top1 = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
+    difference, kl, top1 = measure(ours, theirs)
     print(f"{type(model).__name__}: {ids.shape[1]} tokens, max difference {difference:.3e}, KL {kl:.3e}, top-1 {top1:.4f}")
     # Written so that NaN fails.
     return 0 if difference <= args.max_difference and kl <= args.max_kl else 1
