@@ -9,13 +9,13 @@ Not part of `cargo test`: it needs Python with torch, transformers, accelerate, 
 
 Each prompt goes through the folder's tokenizer on both sides. `infer generate` continues it greedily, at most 64 tokens (--n);
 transformers does, with the folder's generation config; then both compute the logits of prompt and continuation, in f32 on
-the CPU. Prints a row for each folder: whether it has a chat template, greedy tokens that agree, the median over positions of
-the largest difference of a logit, the largest of all, and the mean KL divergence of the worst prompt. Exit 1 if transformers
-misses a tensor, prompts have other ids, the median, the largest or the KL is above its bound, or continuations part where the
+the CPU. Prints a row for each folder: whether it has a chat template, greedy tokens that agree, of the largest difference of
+a logit at each position the tenth that is least and the largest, and the mean KL divergence of the worst prompt. Exit 1 if
+transformers misses a tensor, prompts have other ids, one of these figures is above its bound, or continuations part where the
 two likeliest tokens are not as close as the logits.
 
-Two right implementations differ by 1e-6 (the median), but for positions behind an activation that lies next to a rounding
-tie: there a difference of 1e-7 moves an int8 code by one, and logits by some 1e-2.
+Two right implementations differ by 1e-6, but for positions at and behind an activation that lies next to a rounding tie: there
+a difference of 1e-7 moves an int8 code by one, and logits by some 1e-2. Two that are not the same model differ everywhere.
 """
 
 import argparse
@@ -89,10 +89,10 @@ def compare(folder: str, args: argparse.Namespace) -> bool:
         same, tokens, divergence = same + at, tokens + max(len(ours), len(theirs)), max(divergence, kl)
         # Written so that NaN fails.
         good &= kl <= args.max_kl
-    median, worst = torch.cat(gaps).median().item(), torch.cat(gaps).max().item()
-    good &= median <= args.max_median and worst <= args.max_difference
+    least, worst = torch.cat(gaps).quantile(0.1).item(), torch.cat(gaps).max().item()
+    good &= least <= args.max_least and worst <= args.max_difference
     template = "yes" if tokenizer.chat_template else "no"
-    name = f"{type(model).__name__:<20} {template:>8} {same:>6} of {tokens:<6} {median:>9.1e} {worst:>9.1e} {divergence:>9.1e}"
+    name = f"{type(model).__name__:<20} {template:>8} {same:>6} of {tokens:<6} {least:>9.1e} {worst:>9.1e} {divergence:>9.1e}"
     print(f"{name}  {'ok' if good else 'DIFFERS'}  {folder}", flush=True)
     return good
 
@@ -102,14 +102,14 @@ def main() -> int:
     parser.add_argument("folders", nargs="+", help="folders of exported models")
     parser.add_argument("--infer", default="target/release/infer", help="the binary (default %(default)s)")
     parser.add_argument("--n", type=int, default=64, help="new tokens at most (default %(default)s)")
-    parser.add_argument("--max-median", type=float, default=1e-4, help="bound (default %(default)s)")
+    parser.add_argument("--max-least", type=float, default=1e-4, help="bound (default %(default)s)")
     parser.add_argument("--max-difference", type=float, default=0.1, help="bound (default %(default)s)")
     parser.add_argument("--max-kl", type=float, default=1e-4, help="bound, nats a token (default %(default)s)")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
-    print(f"{'class':<20} {'template':>8} {'equal greedy':>16} {'median':>9} {'largest':>9} {'KL':>9}")
+    print(f"{'class':<20} {'template':>8} {'equal greedy':>16} {'least':>9} {'largest':>9} {'KL':>9}")
     return 0 if all([compare(folder, args) for folder in args.folders]) else 1
 
 
