@@ -55,10 +55,11 @@ pub struct Row {
 /// A conversion's report.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// The model as imported (a BitNet as it is run), as ternarized without training, and as trained.
+    /// The model as imported (a BitNet as it is run); if it was made ternary, as ternarized without training, the same
+    /// projections; as trained.
     pub rows: Vec<Row>,
     /// Share of the loss that ternarization cost and training won back: `(naive - trained) / (naive - imported)`; none where
-    /// the imported model was a BitNet already.
+    /// the imported model was a BitNet already, or the trained one is not.
     pub gap_closed: Option<f64>,
     /// Shares of codes of each projection, and of codes that differ from the naive ones.
     pub projections: BTreeMap<String, CodeShares>,
@@ -70,25 +71,32 @@ impl Report {
     /// # Errors
     /// A model cannot be evaluated or run.
     pub fn new(imported: &Imported, trained: &Trained, dataset: &Dataset) -> Result<Self, ReportError> {
+        let shape = trained.model.config();
         let row = |model, shape: &ModelConfig, parameters| row(model, shape, parameters, trained, dataset);
-        // The same projections as in the trained model, or all.
-        let modules_to_not_convert = trained.model.config().modules_to_not_convert.clone();
-        let naive = ModelConfig { quantized: true, modules_to_not_convert, ..imported.shape.clone() };
+        let naive = ModelConfig {
+            quantized: true,
+            modules_to_not_convert: shape.modules_to_not_convert.clone(),
+            ..imported.shape.clone()
+        };
+        // As training starts, but for sub-norms.
         let start = import::start(&naive, imported)?;
-        let last = row("trained", trained.model.config(), &trained.parameters)?;
-        let (rows, gap_closed) = if imported.storage == Storage::Dense {
-            let first = row("imported", &imported.shape, &imported.parameters)?;
-            let second = row("ternarized, untrained", &naive, &start)?;
-            let gap_closed = (second.loss - last.loss) / (second.loss - first.loss);
-            (vec![first, second, last], Some(gap_closed))
-        } else {
-            (vec![row("imported", &naive, &start)?, last], None)
+        let before = match imported.storage {
+            Storage::Dense => row("imported", &imported.shape, &imported.parameters)?,
+            _ => row("imported", &naive, &start)?,
         };
-        let projections = match trained.model.config().quantized {
-            true => code_shares(&trained.parameters, &imported.parameters).map_err(TrainError::from)?,
-            false => BTreeMap::new(),
-        };
-        Ok(Self { rows, gap_closed, projections })
+        let after = row("trained", shape, &trained.parameters)?;
+        let mut projections = BTreeMap::new();
+        if shape.quantized {
+            projections = code_shares(&trained.parameters, &start).map_err(TrainError::from)?;
+            projections.retain(|name, _| shape.is_ternary(name.trim_end_matches(".weight")));
+        }
+        if !shape.quantized || imported.storage != Storage::Dense {
+            return Ok(Self { rows: vec![before, after], gap_closed: None, projections });
+        }
+        let naive = row("ternarized, untrained", &naive, &start)?;
+        let gap_closed = (naive.loss - after.loss) / (naive.loss - before.loss);
+        let gap_closed = Some(gap_closed).filter(|share| share.is_finite());
+        Ok(Self { rows: vec![before, naive, after], gap_closed, projections })
     }
 }
 
@@ -134,12 +142,12 @@ impl std::fmt::Display for Report {
             )?;
         }
         if let Some(gap_closed) = self.gap_closed {
-            write!(f, "{:.1} % of what ternarization cost is won back", gap_closed * 100.0)?;
+            writeln!(f, "{:.1} % of what ternarization cost is won back", gap_closed * 100.0)?;
         }
         if self.projections.is_empty() {
             return Ok(());
         }
-        write!(f, "\n{:<40} {:>6} {:>6} {:>6} {:>8}", "codes, %", "-1", "0", "+1", "flipped")?;
+        write!(f, "{:<40} {:>6} {:>6} {:>6} {:>8}", "codes, %", "-1", "0", "+1", "flipped")?;
         for (name, shares) in &self.projections {
             let [minus, zero, plus, flipped] =
                 [shares.minus, shares.zero, shares.plus, shares.flipped].map(|share| share * 100.0);

@@ -111,7 +111,7 @@ fn assert_as_graph(what: &str, config: &ModelConfig, shares: Shares, batch: &Bat
     let (expected_loss, expected) = graph(config, &parameters, shares, batch);
     let (loss, found) = fast(config, &parameters, shares, false, std::slice::from_ref(batch));
     // Rounded to bf16 or summed in another order, values go to another step of int8 here and there.
-    let tolerance = if bitlinear::products::bf16_is_fast() { 5e-3 } else { 5e-4 };
+    let tolerance = if bitlinear::products::bf16_is_fast() { 3e-3 } else { 5e-4 };
     assert!(
         (loss - expected_loss).abs() < tolerance,
         "{what} at {shares:?}: loss {loss}, expected {expected_loss}"

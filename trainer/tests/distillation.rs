@@ -11,7 +11,7 @@ use infer::config::ModelConfig;
 use models::files::{edit_config, folder};
 use models::{config as base, ids, qwens, write_tokenizer};
 use tempfile::TempDir;
-use trainer::config::{Config, ConfigError, DistillConfig, Quantization};
+use trainer::config::{Config, DistillConfig, Quantization};
 use trainer::data::Batch;
 use trainer::decoder::{Decoder, StepLoss, StepWeights};
 use trainer::import::{self, ImportError};
@@ -375,16 +375,10 @@ fn teachers_that_do_not_fit_are_refused() {
     let unused = DistillConfig { relations: 0.0, ..heads(3) };
     assert!(Teacher::load(path, &unused, LENGTH, &shape).is_ok());
 
-    let beyond = DistillConfig { relation_layer: Some(3), ..all_terms() };
-    let error = refused(path, &beyond, &shape);
-    let TeacherError::Import(ImportError::Config(ConfigError::OutOfRange { key, .. })) = error else {
-        panic!("{error}")
-    };
-    assert_eq!(key, "distill.relation_layer");
-
-    edit_config(path, |config| config["vocab_size"] = 299.into());
+    // The config alone says nothing of tensors that disagree with it.
+    edit_config(path, |config| config["intermediate_size"] = 40.into());
     let text = message(refused(path, &all_terms(), &shape));
-    assert!(text.contains("embed_tokens"), "{text}");
+    assert!(text.contains("gate_proj") || text.contains("down_proj") || text.contains("up_proj"), "{text}");
 }
 
 #[test]

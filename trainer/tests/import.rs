@@ -89,7 +89,7 @@ fn difference(found: &[f32], expected: &[f32]) -> f32 {
 /// The settings of a run that starts from a folder, with windows that its context has room for.
 fn config(folder: &Path, sets: &[&str]) -> Config {
     let from = format!("init.from={}", folder.display());
-    let first = [from.as_str(), "data.sequence_length=32"];
+    let first = [from.as_str(), "data.sequence_length=32", "sample.tokens=50"];
     let sets: Vec<String> = first.iter().chain(sets).map(|set| (*set).to_owned()).collect();
     Config::parse("", Path::new("run.toml"), &sets).unwrap()
 }

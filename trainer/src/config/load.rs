@@ -53,7 +53,11 @@ impl Config {
             problem: error.message().into(),
         })?;
         config.resolve(path);
-        config.validate()?;
+        match config.init.from {
+            // Its shape is not known yet: `import::complete` checks what depends on it.
+            Some(_) => config.validate_settings()?,
+            None => config.validate()?,
+        }
         Ok(config)
     }
 

@@ -232,7 +232,6 @@ fn cross_checks_name_the_key_at_fault() {
         ("distill.temperature", &["distill.temperature=0.05"]),
         ("distill.relations", &["distill.relations=-0.5"]),
         ("distill.relation_layer", &["distill.relation_layer=6"]),
-        ("distill.relation_layer", &["init.from=m", "distill.relation_layer=1024"]),
         ("distill.relation_heads", &["distill.relation_heads=0"]),
         ("distill.relation_temperature", &["distill.relation_temperature=0"]),
         ("train.precision", &["distill.teacher=t", "train.precision=f32"]),

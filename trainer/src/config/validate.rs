@@ -21,16 +21,38 @@ impl Config {
     /// # Errors
     /// The first broken one, as [`ConfigError::OutOfRange`], [`ConfigError::NotDivisible`] or [`ConfigError::Conflict`].
     pub fn validate(&self) -> Result<(), ConfigError> {
+        self.validate_settings()?;
+        self.validate_model_ranges()?;
+        self.validate_model_shape()?;
+        self.validate_fit()
+    }
+
+    /// [`Config::validate`] without what depends on the model's shape.
+    pub(super) fn validate_settings(&self) -> Result<(), ConfigError> {
         self.validate_run()?;
         // Before the model, whose context derives from the sequence length.
         self.validate_data()?;
-        self.validate_model_ranges()?;
-        self.validate_model_shape()?;
         self.validate_tokenizer()?;
         self.validate_distillation()?;
         self.validate_training()?;
         self.validate_schedule()?;
         self.validate_reports()
+    }
+
+    /// Checks the other sections against the model's shape.
+    fn validate_fit(&self) -> Result<(), ConfigError> {
+        let layer = self.distill.relation_layer.unwrap_or(0);
+        within("distill.relation_layer", layer, 0..self.model.num_hidden_layers)?;
+        let context = ("model.max_position_embeddings", self.max_positions());
+        if context.1 < self.data.sequence_length {
+            let length = ("data.sequence_length", self.data.sequence_length);
+            return Err(conflict(context, length, "make the context at least as long as a training window"));
+        }
+        if self.sample.tokens > context.1 {
+            let rule = "ask for at most as many tokens as the context holds";
+            return Err(conflict(("sample.tokens", self.sample.tokens), context, rule));
+        }
+        Ok(())
     }
 
     fn validate_run(&self) -> Result<(), ConfigError> {
@@ -108,13 +130,6 @@ impl Config {
         not_empty("data.text_field", &data.text_field)?;
         not_empty("data.cache_dir", &data.cache_dir.to_string_lossy())?;
         not_empty("data.separator", data.separator.as_deref().unwrap_or("absent"))?;
-        if self.max_positions() < data.sequence_length {
-            return Err(conflict(
-                ("model.max_position_embeddings", self.max_positions()),
-                ("data.sequence_length", data.sequence_length),
-                "make the context at least as long as a training window",
-            ));
-        }
         let (files, stories) = (("data.source", "files"), ("data.source", "stories"));
         match data.source {
             DataSource::Files | DataSource::Chat if data.train.is_empty() => {
@@ -154,9 +169,6 @@ impl Config {
         within("distill.temperature", distill.temperature, 0.1..=100.0)?;
         within("distill.relations", distill.relations, 0.0..=1e6)?;
         within("distill.relation_temperature", distill.relation_temperature, 0.01..=100.0)?;
-        // The layers of a model to start from are not known yet: the teacher compares again.
-        let layers = if self.init.from.is_some() { 1024 } else { self.model.num_hidden_layers };
-        within("distill.relation_layer", distill.relation_layer.unwrap_or(0), 0..layers)?;
         within("distill.relation_heads", distill.relation_heads.unwrap_or(1), 1..=1024)?;
         within("data.teacher_tokens", data.teacher_tokens as u64, 1000..=1 << 32)?;
         let temperatures = (Bound::Excluded(0.0), Bound::Included(100.0));
@@ -255,16 +267,7 @@ impl Config {
         within("sample.tokens", sample.tokens, 1..=1 << 20)?;
         within("sample.temperature", sample.temperature, 0.0..=100.0)?;
         within("sample.top_k", sample.top_k, 0..=1 << 24)?;
-        within("sample.top_p", sample.top_p, (Bound::Excluded(0.0), Bound::Included(1.0)))?;
-        // The context of a model to start from is not known yet: sampling ends where it does.
-        if sample.tokens > self.max_positions() && self.init.from.is_none() {
-            return Err(conflict(
-                ("sample.tokens", sample.tokens),
-                ("model.max_position_embeddings", self.max_positions()),
-                "ask for at most as many tokens as the context holds",
-            ));
-        }
-        Ok(())
+        within("sample.top_p", sample.top_p, (Bound::Excluded(0.0), Bound::Included(1.0)))
     }
 }
 

@@ -10,7 +10,7 @@ use infer::generate::GenerateError;
 
 pub use sample::write_text;
 
-use crate::config::{ConfigError, DistillConfig};
+use crate::config::DistillConfig;
 use crate::data::Batch;
 use crate::decoder::{Decoder, Lesson, RelationLesson, StepWeights, head_name};
 use crate::import::{self, ImportError, Imported};
@@ -86,12 +86,6 @@ pub fn check(
     if shape.max_position_embeddings < sequence_length {
         return refused("context (data.sequence_length)", shape.max_position_embeddings, sequence_length);
     }
-    if let Some(layer) = distill.relation_layer.filter(|layer| *layer >= student.num_hidden_layers) {
-        let allowed = format!("less than the student's {} layers", student.num_hidden_layers);
-        let key = "distill.relation_layer";
-        let error = ConfigError::OutOfRange { key, value: layer.to_string(), allowed };
-        return Err(ImportError::from(error).into());
-    }
     let heads = distill.relation_heads.unwrap_or(student.num_key_value_heads);
     for width in [student, &shape].into_iter().flat_map(|m| [m.attention_width(), m.kv_width()]) {
         if distill.relations > 0.0 && !width.is_multiple_of(heads) {
@@ -106,6 +100,10 @@ impl Teacher {
     ///
     /// # Errors
     /// As [`check`]; the weights are refused.
+    ///
+    /// # Panics
+    /// If the student has no layer `distill.relation_layer`, which [`Config::validate`](crate::config::Config::validate)
+    /// refuses.
     pub fn load(
         folder: &Path,
         distill: &DistillConfig,
