@@ -88,7 +88,10 @@ impl Golden {
             seed: 1,
             now: None,
         };
-        prepare_chat(&settings, &|_, _| {}).unwrap().train
+        let Rows::Chat(rows) = prepare_chat(&settings, &|_, _| {}).unwrap().train else {
+            panic!("no conversations")
+        };
+        rows
     }
 }
 

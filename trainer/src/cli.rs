@@ -322,7 +322,7 @@ fn finish(config: &Config, dataset: &Dataset) -> anyhow::Result<()> {
         }
     }
     if let Some(folder) = &config.init.from {
-        let report = Report::new(&import::read(Path::new(folder))?, &trained, dataset)?;
+        let report = Report::new(&import::read(Path::new(folder))?, &trained, report.loss, dataset)?;
         write_atomic(&run.join("report.json"), &serde_json::to_vec_pretty(&report)?)?;
         writeln!(text, "\n{report}\n")?;
     }

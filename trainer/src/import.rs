@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use bitlinear::math::Activation;
 use infer::checkpoint::{CheckpointError, hf};
-use infer::config::{ModelConfig, Storage};
+use infer::config::{ModelConfig, Storage, shortest};
 use infer::model::Projection;
 
 use crate::config::{self, Config, DataSource, HiddenAct, SubNormStart};
@@ -109,11 +109,8 @@ pub fn read(folder: &Path) -> Result<Imported, ImportError> {
                 add(at(&format!("{name}.weight")), weight.to_vec());
             }
         }
-        for (name, bias) in ["q", "k", "v"].into_iter().zip(layer.qkv_bias.iter().flatten()) {
-            add(at(&format!("self_attn.{name}_proj.bias")), bias.to_vec());
-        }
-        for (name, norm) in ["q", "k"].into_iter().zip(layer.qk_norm.iter().flatten()) {
-            add(at(&format!("self_attn.{name}_norm.weight")), norm.to_vec());
+        for (name, bias, _) in layer.biases() {
+            add(at(name), bias.to_vec());
         }
     }
     let parameters = Parameters::from_values(&shape, values)?;
@@ -252,9 +249,4 @@ pub fn start(shape: &ModelConfig, imported: &Imported) -> Result<Parameters, Imp
         (name.to_owned(), values)
     });
     Ok(Parameters::from_values(shape, values.collect())?)
-}
-
-/// The f64 that prints as short as this f32 does.
-fn shortest(x: f32) -> f64 {
-    x.to_string().parse().unwrap_or(f64::from(x))
 }

@@ -66,13 +66,26 @@ pub struct Report {
 }
 
 impl Report {
-    /// Compares a trained model with the one that it was made of, on the validation windows that training evaluates.
+    /// Compares a trained model, whose validation loss is `loss`, with the one that it was made of, on the rows that training
+    /// evaluates.
     ///
     /// # Errors
     /// A model cannot be evaluated or run.
-    pub fn new(imported: &Imported, trained: &Trained, dataset: &Dataset) -> Result<Self, ReportError> {
+    pub fn new(
+        imported: &Imported,
+        trained: &Trained,
+        loss: f64,
+        dataset: &Dataset,
+    ) -> Result<Self, ReportError> {
         let shape = trained.model.config();
-        let row = |model, shape: &ModelConfig, parameters| row(model, shape, parameters, trained, dataset);
+        let evaluated = |name, shape: &ModelConfig, parameters| -> Result<Row, ReportError> {
+            let config = &trained.config;
+            let model = Model::new(shape.clone(), config.data.sequence_length);
+            let chosen = dataset.validation.evaluation(config.eval.windows as u64);
+            let batch_size = config.eval.batch_size;
+            let loss = validation_loss(&model, parameters, &dataset.validation, &chosen, batch_size)?;
+            row(name, shape, parameters, loss, dataset)
+        };
         let naive = ModelConfig {
             quantized: true,
             modules_to_not_convert: shape.modules_to_not_convert.clone(),
@@ -81,10 +94,10 @@ impl Report {
         // As training starts, but for sub-norms.
         let start = import::start(&naive, imported)?;
         let before = match imported.storage {
-            Storage::Dense => row("imported", &imported.shape, &imported.parameters)?,
-            _ => row("imported", &naive, &start)?,
+            Storage::Dense => evaluated("imported", &imported.shape, &imported.parameters)?,
+            _ => evaluated("imported", &naive, &start)?,
         };
-        let after = row("trained", shape, &trained.parameters)?;
+        let after = row("trained", shape, &trained.parameters, loss, dataset)?;
         let mut projections = BTreeMap::new();
         if shape.quantized {
             projections = code_shares(&trained.parameters, &start).map_err(TrainError::from)?;
@@ -93,7 +106,7 @@ impl Report {
         if !shape.quantized || imported.storage != Storage::Dense {
             return Ok(Self { rows: vec![before, after], gap_closed: None, projections });
         }
-        let naive = row("ternarized, untrained", &naive, &start)?;
+        let naive = evaluated("ternarized, untrained", &naive, &start)?;
         let gap_closed = (naive.loss - after.loss) / (naive.loss - before.loss);
         let gap_closed = Some(gap_closed).filter(|share| share.is_finite());
         Ok(Self { rows: vec![before, naive, after], gap_closed, projections })
@@ -104,13 +117,9 @@ fn row(
     name: &'static str,
     shape: &ModelConfig,
     parameters: &Parameters,
-    trained: &Trained,
+    loss: f64,
     dataset: &Dataset,
 ) -> Result<Row, ReportError> {
-    let eval = &trained.config.eval;
-    let model = Model::new(shape.clone(), trained.config.data.sequence_length);
-    let windows = dataset.validation.evaluation(eval.windows as u64);
-    let loss = validation_loss(&model, parameters, &dataset.validation, &windows, eval.batch_size)?;
     let runnable = runnable(shape, parameters)?;
     let each = TOKENS.min(shape.max_position_embeddings / 2);
     let options =

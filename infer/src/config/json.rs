@@ -142,7 +142,7 @@ impl ModelConfig {
 }
 
 /// The f64 that prints as short as this f32 does: 1e-5 and not 9.999999747378752e-6.
-fn shortest(x: f32) -> f64 {
+pub fn shortest(x: f32) -> f64 {
     x.to_string().parse().unwrap_or(f64::from(x))
 }
 

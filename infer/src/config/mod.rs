@@ -8,6 +8,8 @@ mod json;
 mod keys;
 mod modules;
 
+pub use json::shortest;
+
 use bitlinear::kernels::MAX_IN_FEATURES;
 use bitlinear::math::Activation;
 

@@ -15,7 +15,7 @@ use crate::progress::Progress;
 use crate::run_dir::{FileError, write_atomic};
 
 /// Part of every name: to be raised when the same teacher would write something else.
-const FORMAT: &str = "teacher's text 1";
+const FORMAT: &str = "teacher's text 2";
 /// Documents in a file. Files that are there already are not written again, so sampling that was stopped goes on.
 const DOCUMENTS: u64 = 256;
 /// Longest document, in tokens.
@@ -29,8 +29,7 @@ const MAX_DOCUMENT: usize = 1024;
 /// # Errors
 /// The model cannot be read or run, or names no token that starts a text; a file cannot be written.
 pub fn write_text(folder: &Path, data: &DataConfig) -> Result<Vec<PathBuf>, TeacherError> {
-    let model = hf::read(folder)?;
-    let config = model.config();
+    let (config, _) = hf::read_config(folder)?;
     let first = config.bos_token_id.or_else(|| config.eos_token_ids.first().copied());
     let first = first.ok_or_else(|| TeacherError::NoFirstToken(folder.into()))?;
     let name = name(folder, data)?;
@@ -41,22 +40,28 @@ pub fn write_text(folder: &Path, data: &DataConfig) -> Result<Vec<PathBuf>, Teac
             temperature: data.teacher_temperature as f32,
             top_k: 0,
             top_p: 1.0,
-            // Seeds of neighbours differ in more than a bit.
-            seed: (data.teacher_seed << 32 ^ document).wrapping_mul(0x9E37_79B9_7F4A_7C15),
+            // An odd factor: different seeds stay so, and far apart.
+            seed: data.teacher_seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(document),
         },
         kv: KvPrecision::F32,
         stop_ids: config.eos_token_ids.iter().copied().chain([first]).collect(),
     };
     let mut progress = Progress::new("writing text", 0, data.teacher_tokens as u64);
     let (mut files, mut tokens) = (Vec::new(), 0);
+    // Read only if there is something to write.
+    let mut model = None;
     while tokens < data.teacher_tokens as u64 {
         let part = files.len() as u64;
         let path = data.cache_dir.join(format!("{name}-{part}.{}", if wide { "u32" } else { "u16" }));
         if !path.exists() {
+            let model = match &model {
+                Some(model) => model,
+                None => model.insert(hf::read(folder)?),
+            };
             // A document a task: within one, products run in the task's own thread.
             let documents = pool::map(part * DOCUMENTS..(part + 1) * DOCUMENTS, |_, document| {
                 let generation =
-                    generate(&model, &[first], &options(document), &mut |_| ControlFlow::Continue(()))?;
+                    generate(model, &[first], &options(document), &mut |_| ControlFlow::Continue(()))?;
                 Ok([vec![first], generation.tokens].concat())
             });
             let ids = documents.into_iter().collect::<Result<Vec<_>, TeacherError>>()?.concat();

@@ -44,8 +44,6 @@ pub struct Step {
 /// Where the time of a step goes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct StepTimes {
-    /// What the teacher makes of batches.
-    pub teacher: Duration,
     /// Latent weights ternarized and packed.
     pub weights: Duration,
     /// Forward, head and backward; of candle's graph the forward includes the head.
@@ -156,11 +154,9 @@ impl Learner {
         for batch in batches {
             loss += match (decoder.as_mut(), &weights) {
                 (Some(decoder), Some(weights)) => {
-                    let start = Instant::now();
                     if let Some(teacher) = teacher {
                         teacher.read(batch)?;
                     }
-                    times.teacher += start.elapsed();
                     let teacher = teacher.as_ref();
                     let values = teacher.map(Teacher::values).transpose()?;
                     let lesson = match (teacher, &values) {

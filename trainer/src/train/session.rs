@@ -64,7 +64,7 @@ pub fn prepare_data(config: &Config) -> Result<Dataset, TrainError> {
     let dataset = match (config.data.source, &config.init.from) {
         (DataSource::Chat, Some(folder)) => {
             let settings = chat_settings(config, Path::new(folder));
-            data::chat::prepare_chat(&settings, &show("tokenizing", "conversations"))?.into()
+            data::chat::prepare_chat(&settings, &show("tokenizing", "conversations"))?
         }
         _ => data::prepare(&text_settings(config)?, &show("tokenizing", "bytes"))?,
     };

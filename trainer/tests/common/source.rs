@@ -159,7 +159,7 @@ pub fn conversations() -> String {
                 "a".repeat(i % 5)
             )
         };
-        let turns = if i % 3 == 0 { [turn("ran"), turn("sat")].join(", ") } else { turn("found") };
+        let turns = if i.is_multiple_of(3) { [turn("ran"), turn("sat")].join(", ") } else { turn("found") };
         format!(r#"{{"messages": [{turns}]}}"#)
     };
     (0..20).map(line).collect::<Vec<_>>().join("\n")

@@ -25,8 +25,7 @@ pub use template::{CONFIGURATION, ChatTemplate, configuration_files};
 pub use windows::ChatWindows;
 
 use super::source::{self, Files};
-use super::{DataError, end_of_text_id, load_chosen};
-use super::{Dataset, Rows};
+use super::{DataError, Dataset, Rows, end_of_text_id, load_chosen};
 use conversation::{Conversation, Text};
 use encode::{Encoder, Example};
 use rayon::prelude::*;
@@ -60,55 +59,17 @@ pub struct ChatSettings {
     pub now: Option<i64>,
 }
 
-/// Everything training needs of conversations.
-#[derive(Debug)]
-pub struct ChatDataset {
-    /// The tokenizer.
-    pub tokenizer: Tokenizer,
-    /// The bytes of its `tokenizer.json`, to be kept with the run.
-    pub tokenizer_json: Vec<u8>,
-    /// Entries of the model's vocabulary; every token is below it.
-    pub vocab_size: usize,
-    /// The token that ends an answer or a text: `eos_token`, else the tokenizer's end of text.
-    pub eos: Option<u32>,
-    /// Training rows.
-    pub train: ChatWindows,
-    /// Validation rows.
-    pub validation: ChatWindows,
-    /// blake3 of the tokens of both splits and of which are the assistant's, hex.
-    pub dataset_hash: String,
-    /// blake3 of `tokenizer_json`, hex.
-    pub tokenizer_hash: String,
-    /// What the user should hear of, worded as errors are.
-    pub warnings: Vec<String>,
-}
-
-impl From<ChatDataset> for Dataset {
-    fn from(chat: ChatDataset) -> Self {
-        Self {
-            tokenizer: Some(chat.tokenizer),
-            tokenizer_json: Some(chat.tokenizer_json),
-            vocab_size: chat.vocab_size,
-            separator: chat.eos,
-            train: Rows::Chat(chat.train),
-            validation: Rows::Chat(chat.validation),
-            train_bytes: None,
-            validation_bytes: None,
-            dataset_hash: chat.dataset_hash,
-            tokenizer_hash: Some(chat.tokenizer_hash),
-            warnings: chat.warnings,
-        }
-    }
-}
-
 /// Reads, renders, tokenizes and packs conversations.
+///
+/// The separator is the token that ends an answer or a text: `eos_token`, else the tokenizer's end of text. The hash is of the
+/// tokens of both splits and of which are the assistant's.
 ///
 /// Examples in which no token of the assistant is left within the sequence length are dropped, and a warning counts
 /// them. `progress(done, total)` is called while conversations are tokenized, in lines.
 ///
 /// # Errors
 /// Every [`ChatError`]; each names the file, and the line where there is one.
-pub fn prepare_chat(settings: &ChatSettings, progress: &dyn Fn(u64, u64)) -> Result<ChatDataset, ChatError> {
+pub fn prepare_chat(settings: &ChatSettings, progress: &dyn Fn(u64, u64)) -> Result<Dataset, ChatError> {
     super::windows::check_length(settings.sequence_length)?;
     let mut warnings = Vec::new();
     let (train, validation) = read_splits(settings)?;
@@ -149,14 +110,16 @@ pub fn prepare_chat(settings: &ChatSettings, progress: &dyn Fn(u64, u64)) -> Res
     hasher.update(b"chat");
     train_rows.hash_into(&mut hasher);
     validation_rows.hash_into(&mut hasher);
-    Ok(ChatDataset {
-        tokenizer_hash: blake3::hash(&tokenizer_json).to_hex().to_string(),
-        tokenizer,
-        tokenizer_json,
+    Ok(Dataset {
+        tokenizer_hash: Some(blake3::hash(&tokenizer_json).to_hex().to_string()),
+        tokenizer: Some(tokenizer),
+        tokenizer_json: Some(tokenizer_json),
         vocab_size,
-        eos,
-        train: train_rows,
-        validation: validation_rows,
+        separator: eos,
+        train: Rows::Chat(train_rows),
+        validation: Rows::Chat(validation_rows),
+        train_bytes: None,
+        validation_bytes: None,
         dataset_hash: hasher.finalize().to_hex().to_string(),
         warnings,
     })

@@ -38,8 +38,14 @@ fn settings(folder: &TempDir, train: &[PathBuf]) -> ChatSettings {
     }
 }
 
-fn run(settings: &ChatSettings) -> Result<ChatDataset, ChatError> {
+fn run(settings: &ChatSettings) -> Result<Dataset, ChatError> {
     prepare_chat(settings, &|_, _| {})
+}
+
+/// The rows of a split.
+fn chat(rows: &Rows) -> &ChatWindows {
+    let Rows::Chat(windows) = rows else { panic!("no conversations") };
+    windows
 }
 
 /// Twenty conversations and twenty completions.
@@ -69,15 +75,18 @@ fn conversations_become_rows() {
     let calls = std::cell::RefCell::new(Vec::new());
     let dataset = prepare_chat(&settings, &|done, total| calls.borrow_mut().push((done, total))).unwrap();
     assert_eq!(calls.into_inner(), [(30, 40), (40, 40)]);
-    assert_eq!((dataset.train.examples(), dataset.validation.examples()), (30, 10));
-    assert_eq!((dataset.vocab_size, dataset.eos, dataset.warnings), (280, Some(0), Vec::<String>::new()));
-    let (train, mut texts) = (&dataset.train, Vec::new());
+    assert_eq!((chat(&dataset.train).examples(), chat(&dataset.validation).examples()), (30, 10));
+    assert_eq!(
+        (dataset.vocab_size, dataset.separator, dataset.warnings),
+        (280, Some(0), Vec::<String>::new())
+    );
+    let (train, mut texts) = (chat(&dataset.train), Vec::new());
     let batch = train.batch(&Sampler::new(1, 0).next_batch(train.count(), train.count() as usize));
     assert!(batch.ids.iter().all(|&id| id < 280));
     let mut ids = batch.ids.as_slice();
     for &length in &batch.sequences {
         let (sequence, rest) = ids.split_at(length);
-        texts.push(dataset.tokenizer.decode(sequence, false).unwrap());
+        texts.push(dataset.tokenizer.as_ref().unwrap().decode(sequence, false).unwrap());
         ids = rest;
     }
     let has = |text: &str| texts.iter().filter(|found| *found == text).count();
@@ -89,13 +98,13 @@ fn conversations_become_rows() {
     // The same again; another seed is another order of the same, other words are other data.
     let again = run(&settings).unwrap();
     let all = |windows: &ChatWindows| windows.batch(&windows.evaluation(0));
-    assert_eq!(all(&again.train), all(train));
+    assert_eq!(all(chat(&again.train)), all(train));
     assert_eq!(
         (&again.dataset_hash, &again.tokenizer_hash),
         (&dataset.dataset_hash, &dataset.tokenizer_hash)
     );
     let other = run(&ChatSettings { seed: 2, ..settings.clone() }).unwrap();
-    assert_ne!(all(&other.train), all(train));
+    assert_ne!(all(chat(&other.train)), all(train));
     assert_eq!(other.dataset_hash, dataset.dataset_hash);
     write(&folder, "chat.jsonl", lines().replace("yes 0", "yes 1"));
     assert_ne!(run(&settings).unwrap().dataset_hash, dataset.dataset_hash);
@@ -113,7 +122,7 @@ fn validation_may_be_a_file_of_its_own() {
         ..settings(&folder, &[train])
     };
     let dataset = run(&settings).unwrap();
-    assert_eq!((dataset.train.examples(), dataset.validation.examples()), (40, 3));
+    assert_eq!((chat(&dataset.train).examples(), chat(&dataset.validation).examples()), (40, 3));
 }
 
 #[test]
@@ -146,7 +155,7 @@ fn a_template_is_needed_for_messages_only() {
     write(&folder, "chat.jsonl", completions.join("\n"));
     let dataset = run(&settings(&folder, &[path])).unwrap();
     // The end is the tokenizer's own where the configuration names none.
-    assert_eq!((dataset.train.examples(), dataset.eos), (15, Some(0)));
+    assert_eq!((chat(&dataset.train).examples(), dataset.separator), (15, Some(0)));
 }
 
 #[test]
